@@ -1,0 +1,139 @@
+"""A block of probe tokens with what base and tuned say about each of them.
+
+The paired pass cuts the valid tokens of a batch into blocks small enough for the processor's cache and
+hands each block to every fold. Log-probabilities are computed when the first fold asks and shared with
+the rest; nothing of shape [tokens, vocabulary] outlives its block.
+
+Suffixes: N tokens of the block, D width, V vocabulary, K top-k.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffing_core.corpus import ProbeCorpus
+from diffing_core.errors import UndeclaredNeedError
+from diffing_core.lazy import torch
+
+@dataclass(frozen=True, eq=False)
+class StreamContext:
+    """What a fold may know before the first block.
+
+    `base` and `tuned` are the two model sides (`diffing_core.models.Subject`); folds use them only to
+    read vectors through norm and head. `store` is the folder for activation Parquet, if there is one.
+    """
+
+    base: Any
+    tuned: Any
+    tokenizer: Any
+    corpus: ProbeCorpus
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    store: Path | None = None
+
+    @cached_property
+    def _texts(self) -> np.ndarray:
+        ids = np.arange(self.vocab_size)[:, None].tolist()
+        return np.asarray(self.tokenizer.batch_decode(ids), dtype=object)
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each token decoded on its own."""
+        return self._texts[np.asarray(ids, dtype=np.int64)].tolist()
+
+    @cached_property
+    def readable_V(self) -> np.ndarray:
+        """Which vocabulary entries a person can read, bool [V]: no special tokens, broken bytes, blanks."""
+        readable = np.asarray([any(map(str.isprintable, text.strip())) and "\ufffd" not in text for text in self._texts])
+        special = [token for token in self.tokenizer.all_special_ids if token < self.vocab_size]
+        readable[special] = False
+        return readable
+
+    def pick_layers(self, wanted: Sequence[int | float] | None) -> tuple[int, ...]:
+        """Layers as indices: None is all, an int is a block, a fraction r is floor(r · (L − 1))."""
+        return pick_layers(wanted, self.n_layers)
+
+
+def pick_layers(wanted: Sequence[int | float] | None, n_layers: int) -> tuple[int, ...]:
+    """The project's one convention for naming layers; layer i is the output of block i, from 0."""
+    if wanted is None:
+        return tuple(range(n_layers))
+    picked = {each if isinstance(each, int) else int(each * (n_layers - 1)) for each in wanted}
+    beyond = sorted(layer for layer in picked if not 0 <= layer < n_layers)
+    if beyond:
+        raise UndeclaredNeedError(f"layer(s) {beyond} asked of a model with {n_layers} blocks (0 … {n_layers - 1})")
+    return tuple(sorted(picked))
+
+
+class Side:
+    """One model's view of a block. Shared between all pairs that have this side in common."""
+
+    def __init__(
+        self, residuals: Mapping[int, Any], last_layer: int, readout: Callable[[Any], Any], vocab_size: int
+    ) -> None:
+        self._residuals = residuals
+        self._last_layer = last_layer
+        self._readout = readout
+        self._vocab_size = vocab_size
+        self._logprobs: dict[int, Any] = {}
+
+    def residual(self, layer: int) -> Any:
+        """Output of block `layer`, [N, D], in the model's dtype."""
+        return self._residuals[layer]
+
+    def logprobs(self, layer: int | None = None) -> Any:
+        """log p(next token) through this model's own norm and head, float32 [N, V]; None = final."""
+        at = self._last_layer if layer is None else layer
+        if at not in self._logprobs:
+            logits = self._readout(self._residuals[at])[:, : self._vocab_size].float()
+            self._logprobs[at] = torch.log_softmax(logits, dim=-1)
+        return self._logprobs[at]
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """N valid tokens, in sequence order, with both sides. Padding never enters a block.
+
+    Attributes:
+        token_N: token ids, int64 (torch, on the model's device).
+        next_N: the true next token, −1 at the end of a sequence.
+        sequence_N: index of the sequence in the corpus (numpy int64).
+        position_N: position in the sequence, from 0 (numpy int64).
+        role_N: index into `corpus.ROLES` (numpy int8).
+        template_N: whether the token belongs to the chat template (numpy bool).
+    """
+
+    token_N: Any
+    next_N: Any
+    sequence_N: np.ndarray
+    position_N: np.ndarray
+    role_N: np.ndarray
+    template_N: np.ndarray
+    base: Side
+    tuned: Side
+
+    def __len__(self) -> int:
+        return len(self.sequence_N)
+
+    @cached_property
+    def logprob_difference_NV(self) -> Any:
+        """log p_tuned − log p_base, float32 [N, V]; free of the arbitrary offset of raw logits."""
+        return self.tuned.logprobs() - self.base.logprobs()
+
+    @cached_property
+    def tuned_probability_NV(self) -> Any:
+        """p_tuned, float32 [N, V]."""
+        return self.tuned.logprobs().exp()
+
+    @cached_property
+    def base_probability_NV(self) -> Any:
+        """p_base, float32 [N, V]."""
+        return self.base.logprobs().exp()
+
+    def difference(self, layer: int) -> Any:
+        """δ = tuned − base at a layer, float32 [N, D]: subtracted after the cast, never in bf16."""
+        return self.tuned.residual(layer).float() - self.base.residual(layer).float()

@@ -1,0 +1,221 @@
+"""The paired pass: every stream method of every pair of one base, in one reading of the probe tokens.
+
+For each batch the base runs once and each tuned model once; all folds are fed from these forwards.
+K organisms of one base therefore cost K + 1 forwards instead of 2 K, and further methods cost only
+their own arithmetic. Blocks above the last layer that any fold asks for are not run.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffing_core.blocks import Side, StreamContext, TokenBlock
+from diffing_core.capture import capture_residuals
+from diffing_core.corpus import ProbeCorpus, TokenBatch
+from diffing_core.errors import DiffingError
+from diffing_core.lazy import torch
+from diffing_core.methods.base import Fold, Method, Need, Tables
+from diffing_core.models import ModelPair
+from diffing_core.progress import track
+from diffing_core.runs import Cost
+from diffing_core.settings import Settings
+
+TOKENS_PER_BATCH = 4096
+LOGPROBS_PER_BLOCK = 2**20
+METHOD_FAILURES = (DiffingError, RuntimeError, ValueError, ArithmeticError, LookupError)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What one method made of one pair: its tables, or the error that ended it alone."""
+
+    pair: Any
+    method: Method
+    settings: Settings
+    tables: Tables
+    cost: Cost
+    error: Exception | None = None
+
+
+@dataclass
+class _Running:
+    """A fold at work for one pair."""
+
+    pair: ModelPair
+    method: Method
+    settings: Settings
+    fold: Fold
+    seconds: float = 0.0
+    error: Exception | None = None
+
+    def update(self, block: TokenBlock) -> None:
+        if self.error is not None:
+            return
+        began = time.perf_counter()
+        try:
+            self.fold.update(block)
+        except METHOD_FAILURES as error:
+            self._failed(error)
+        self.seconds += time.perf_counter() - began
+
+    def result(self, corpus: ProbeCorpus, shared_s: float) -> MethodResult:
+        began = time.perf_counter()
+        tables: Tables = {}
+        if self.error is None:
+            try:
+                tables = self.fold.finish()
+            except METHOD_FAILURES as error:
+                self._failed(error)
+        seconds = self.seconds + time.perf_counter() - began
+        cost = Cost(len(corpus.sequences), corpus.n_tokens, seconds, shared_s)
+        return MethodResult(self.pair.pair, self.method, self.settings, tables, cost, self.error)
+
+    def _failed(self, error: Exception) -> None:
+        logger.exception("method %s failed on %s; the others go on", self.method.name, self.pair.pair)
+        self.error = error
+
+
+@dataclass
+class _Shared:
+    """Time spent in forwards and heads, which no single method owns."""
+
+    seconds: float = 0.0
+    began: float = field(default=0.0, repr=False)
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self.began
+
+
+def paired_pass(
+    pairs: Sequence[ModelPair],
+    corpus: ProbeCorpus,
+    methods: Sequence[tuple[Method, Settings]],
+    *,
+    store: Path | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    skip_first_tokens: int = 0,
+) -> Iterator[MethodResult]:
+    """Runs stream methods over a corpus for pairs that share one base; yields a result per method.
+
+    Args:
+        pairs: loaded pairs; sides that are the same object run once per batch.
+        store: folder for activation Parquet, needed only by the method `activations`.
+        tokens_per_batch: padded tokens per forward; results do not depend on it.
+        skip_first_tokens: leading tokens of every sequence that no fold sees (attention sinks).
+    """
+    running = [_begin(pair, method, settings, corpus, store) for pair in pairs for method, settings in methods]
+    layers = sorted({layer for each in running for layer in each.fold.layers} | _last_layer_if_wanted(running))
+    wants_logprobs = any(Need.LOGPROBS in each.method.needs for each in running)
+    shared = _Shared()
+    with torch.inference_mode(), track(corpus.n_tokens, "tokens", f"paired pass, {corpus.name}") as done:
+        for batch in corpus.batches(tokens_per_batch):
+            with shared:
+                states = _forward_all(pairs, batch, layers)
+            for pair, block in _blocks(pairs, states, batch, corpus, skip_first_tokens):
+                if wants_logprobs:
+                    with shared:
+                        block.base.logprobs(), block.tuned.logprobs()
+                for each in running:
+                    if each.pair is pair:
+                        each.update(block)
+            done(int(batch.mask_BT.sum()))
+    for each in running:
+        yield each.result(corpus, shared.seconds)
+
+
+def _begin(
+    pair: ModelPair, method: Method, settings: Settings, corpus: ProbeCorpus, store: Path | None
+) -> _Running:
+    context = StreamContext(
+        base=pair.base,
+        tuned=pair.tuned,
+        tokenizer=pair.tokenizer,
+        corpus=corpus,
+        n_layers=pair.base.n_layers,
+        d_model=pair.base.d_model,
+        vocab_size=pair.common_vocab,
+        store=store,
+    )
+    return _Running(pair, method, settings, method.start(context, settings))
+
+
+def _last_layer_if_wanted(running: Sequence[_Running]) -> set[int]:
+    return {each.pair.base.n_layers - 1 for each in running if Need.LOGPROBS in each.method.needs}
+
+
+def _forward_all(
+    pairs: Sequence[ModelPair], batch: TokenBatch, layers: Sequence[int]
+) -> dict[int, dict[int, Any]]:
+    """Residuals of the valid tokens, {id(subject): {layer: [N, D]}}; a subject in several pairs runs once."""
+    subjects = {id(side): side for pair in pairs for side in (pair.base, pair.tuned)}
+    return {key: capture_residuals(subject, batch, layers) for key, subject in subjects.items()}
+
+
+def _blocks(
+    pairs: Sequence[ModelPair],
+    states: Mapping[int, Mapping[int, Any]],
+    batch: TokenBatch,
+    corpus: ProbeCorpus,
+    skip_first_tokens: int,
+) -> Iterator[tuple[ModelPair, TokenBlock]]:
+    """Cuts a batch into blocks; within a block every pair in turn, so that sides in common are shared."""
+    facts = _token_facts(batch, corpus)
+    kept = np.flatnonzero(facts["position_N"] >= skip_first_tokens)
+    step = max(16, LOGPROBS_PER_BLOCK // max(pair.common_vocab for pair in pairs))
+    for start in range(0, len(kept), step):
+        rows = kept[start : start + step]
+        sides: dict[tuple[int, int], Side] = {}
+        for pair in pairs:
+            yield pair, _block(pair, states, facts, rows, sides)
+
+
+def _block(
+    pair: ModelPair,
+    states: Mapping[int, Mapping[int, Any]],
+    facts: Mapping[str, np.ndarray],
+    rows: np.ndarray,
+    sides: dict[tuple[int, int], Side],
+) -> TokenBlock:
+    contiguous = slice(int(rows[0]), int(rows[-1]) + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
+    for subject in (pair.base, pair.tuned):
+        key = (id(subject), pair.common_vocab)
+        if key not in sides:
+            residuals = {layer: hidden_ND[contiguous] for layer, hidden_ND in states[id(subject)].items()}
+            sides[key] = Side(residuals, subject.n_layers - 1, subject.readout, pair.common_vocab)
+    device = pair.base.device
+    return TokenBlock(
+        token_N=torch.from_numpy(facts["token_N"][rows]).to(device),
+        next_N=torch.from_numpy(facts["next_N"][rows]).to(device),
+        sequence_N=facts["sequence_N"][rows],
+        position_N=facts["position_N"][rows],
+        role_N=facts["role_N"][rows],
+        template_N=facts["template_N"][rows],
+        base=sides[id(pair.base), pair.common_vocab],
+        tuned=sides[id(pair.tuned), pair.common_vocab],
+    )
+
+
+def _token_facts(batch: TokenBatch, corpus: ProbeCorpus) -> dict[str, np.ndarray]:
+    """Per valid token, in the order in which a mask flattens a batch: row by row."""
+    chosen = [corpus.sequences[index] for index in batch.sequences]
+    lengths = [len(sequence) for sequence in chosen]
+    token_N = np.concatenate([sequence.token_T for sequence in chosen]).astype(np.int64)
+    next_N = np.roll(token_N, -1)
+    next_N[np.cumsum(lengths) - 1] = -1
+    return {
+        "token_N": token_N,
+        "next_N": next_N,
+        "sequence_N": np.repeat(np.asarray(batch.sequences, np.int64), lengths),
+        "position_N": np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+        "role_N": np.concatenate([sequence.role_T for sequence in chosen]),
+        "template_N": np.concatenate([sequence.template_T for sequence in chosen]),
+    }

@@ -1,0 +1,70 @@
+"""Running statistics of folds: exact, in float64, of bounded size, and merged block by block."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class GroupedSums:
+    """Count, sums and maxima of several quantities per integer group; groups appear as they are met."""
+
+    def __init__(self, *names: str) -> None:
+        self._sums = {name: np.zeros(0) for name in names}
+        self._maxima = {name: np.zeros(0) for name in names}
+        self._counts = np.zeros(0, np.int64)
+
+    def add(self, group_N: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        """Adds N observations; group numbers are not negative."""
+        size = max(len(self._counts), int(group_N.max(initial=-1)) + 1)
+        self._counts = _grown(self._counts, size, 0) + np.bincount(group_N, minlength=size)
+        for name in self._sums:
+            seen = values[name].astype(np.float64)
+            self._sums[name] = _grown(self._sums[name], size, 0.0) + np.bincount(group_N, seen, minlength=size)
+            self._maxima[name] = _grown(self._maxima[name], size, -np.inf)
+            np.maximum.at(self._maxima[name], group_N, seen)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Groups with at least one observation, ascending."""
+        return np.flatnonzero(self._counts)
+
+    def count(self) -> np.ndarray:
+        """Observations of each of `groups`."""
+        return self._counts[self.groups]
+
+    def mean(self, name: str) -> np.ndarray:
+        """Mean of one quantity in each of `groups`."""
+        return self._sums[name][self.groups] / self.count()
+
+    def maximum(self, name: str) -> np.ndarray:
+        """Largest value of one quantity in each of `groups`."""
+        return self._maxima[name][self.groups]
+
+
+class Rows:
+    """Columns gathered block by block, given back in one order whatever the blocks were."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[np.ndarray]] = {}
+
+    def add(self, columns: Mapping[str, Any]) -> None:
+        """Adds rows as equally long arrays."""
+        for name, values in columns.items():
+            self._parts.setdefault(name, []).append(np.asarray(values))
+
+    def sorted_by(self, *keys: str) -> dict[str, np.ndarray]:
+        """All columns, ordered by the given ones, the first key outermost."""
+        whole = {name: np.concatenate(parts) for name, parts in self._parts.items()}
+        if not whole:
+            return {}
+        order = np.lexsort([whole[key] for key in reversed(keys)])
+        return {name: values[order] for name, values in whole.items()}
+
+
+def _grown(array: np.ndarray, size: int, fill: float) -> np.ndarray:
+    if len(array) == size:
+        return array
+    grown = np.full(size, fill, dtype=array.dtype)
+    grown[: len(array)] = array
+    return grown
