@@ -74,16 +74,17 @@ class ProbeCorpus:
         return int(np.searchsorted(np.cumsum([len(each) for each in self.sequences]), token_limit, side="right"))
 
     def batches(self, token_budget: int) -> Iterator[TokenBatch]:
-        """Batches of at most `token_budget` padded tokens, longest sequences together.
+        """Batches of at most `token_budget` padded tokens, longest sequences first.
 
-        Sorting by length keeps padding small; results do not depend on it.
+        Sorting by length keeps padding small. The order of sequences is the same whatever the budget,
+        so that stored activations of two runs pair up row by row.
         """
         order = sorted(range(len(self.sequences)), key=lambda index: (-len(self.sequences[index]), index))
         start = 0
         while start < len(order):
             width = len(self.sequences[order[start]])
             size = max(1, token_budget // width)
-            yield self._batch(tuple(sorted(order[start : start + size])), width)
+            yield self._batch(tuple(order[start : start + size]), width)
             start += size
 
     def _batch(self, chosen: tuple[int, ...], width: int) -> TokenBatch:

@@ -19,7 +19,7 @@ from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
 from diffing_core.errors import DiffingError
 from diffing_core.lazy import torch
-from diffing_core.methods.base import Fold, Method, Need, Tables
+from diffing_core.methods.base import Fold, Inputs, Method, Need, Tables
 from diffing_core.models import ModelPair
 from diffing_core.progress import track
 from diffing_core.runs import Cost
@@ -50,9 +50,19 @@ class _Running:
     pair: ModelPair
     method: Method
     settings: Settings
-    fold: Fold
+    fold: Fold | None
     seconds: float = 0.0
     error: Exception | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return () if self.fold is None else self.fold.layers
+
+    def start(self, context: StreamContext) -> None:
+        try:
+            self.fold = self.method.start(context, self.settings)
+        except METHOD_FAILURES as error:
+            self._failed(error)
 
     def update(self, block: TokenBlock) -> None:
         if self.error is not None:
@@ -113,7 +123,7 @@ def paired_pass(
         skip_first_tokens: leading tokens of every sequence that no fold sees (attention sinks).
     """
     running = [_begin(pair, method, settings, corpus, store) for pair in pairs for method, settings in methods]
-    layers = sorted({layer for each in running for layer in each.fold.layers} | _last_layer_if_wanted(running))
+    layers = sorted({layer for each in running for layer in each.layers} | _last_layer_if_wanted(running))
     wants_logprobs = any(Need.LOGPROBS in each.method.needs for each in running)
     shared = _Shared()
     with torch.inference_mode(), track(corpus.n_tokens, "tokens", f"paired pass, {corpus.name}") as done:
@@ -145,7 +155,22 @@ def _begin(
         vocab_size=pair.common_vocab,
         store=store,
     )
-    return _Running(pair, method, settings, method.start(context, settings))
+    running = _Running(pair, method, settings, None)
+    running.start(context)
+    return running
+
+
+def timed_run(pair: ModelPair, method: Method, settings: Settings, inputs: Inputs) -> MethodResult:
+    """Runs a method that is no stream method, under the same rule: its failure ends it alone."""
+    began = time.perf_counter()
+    tables: Tables = {}
+    error: Exception | None = None
+    try:
+        tables = method.run(inputs, settings)
+    except METHOD_FAILURES as failure:
+        logger.exception("method %s failed on %s; the others go on", method.name, pair.pair)
+        error = failure
+    return MethodResult(pair.pair, method, settings, tables, Cost(compute_s=time.perf_counter() - began), error)
 
 
 def _last_layer_if_wanted(running: Sequence[_Running]) -> set[int]:

@@ -42,6 +42,55 @@ class GroupedSums:
         return self._maxima[name][self.groups]
 
 
+class Moments:
+    """Mean and variance per dimension in float64, merged block by block (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.mean_D = np.zeros(width)
+        self._squares_D = np.zeros(width)
+
+    def add(self, rows_ND: np.ndarray) -> None:
+        """Adds N rows."""
+        rows_ND = rows_ND.astype(np.float64)
+        added, mean_D = len(rows_ND), rows_ND.mean(0)
+        shift_D = mean_D - self.mean_D
+        total = self.count + added
+        self._squares_D += np.square(rows_ND - mean_D).sum(0) + shift_D**2 * (self.count * added / total)
+        self.mean_D = self.mean_D + shift_D * (added / total)
+        self.count = total
+
+    def variance_D(self) -> np.ndarray:
+        """Population variance; zero before the first row."""
+        return self._squares_D / max(self.count, 1)
+
+
+class LogHistogram:
+    """Quantiles of positive numbers from logarithmic bins: relative error at most RESOLUTION / 2.
+
+    Zeros have a bin of their own, so a quantile of all-equal models is exactly zero.
+    """
+
+    RESOLUTION = 0.01
+    LOWEST = 1e-12
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(0, np.int64)
+
+    def add(self, values_N: np.ndarray) -> None:
+        """Adds N numbers, none negative."""
+        scaled = np.log(np.maximum(values_N, self.LOWEST) / self.LOWEST) / np.log1p(self.RESOLUTION)
+        bins = np.where(values_N > 0, 1 + scaled.astype(np.int64), 0)
+        size = max(len(self._counts), int(bins.max(initial=-1)) + 1)
+        self._counts = _grown(self._counts, size, 0) + np.bincount(bins, minlength=size)
+
+    def quantile(self, share: float) -> float:
+        """The value below which this share of the numbers lies."""
+        wanted = share * self._counts.sum()
+        place = int(np.searchsorted(np.cumsum(self._counts), wanted))
+        return 0.0 if place == 0 else float(self.LOWEST * (1 + self.RESOLUTION) ** (place - 0.5))
+
+
 class Rows:
     """Columns gathered block by block, given back in one order whatever the blocks were."""
 

@@ -26,6 +26,7 @@ ARROW_TYPES: dict[str, pa.DataType] = {
     "timestamp": pa.timestamp("us", tz="UTC"),
     "list<int32>": pa.list_(pa.int32()),
     "list<float32>": pa.list_(pa.float32()),
+    "list<float64>": pa.list_(pa.float64()),
     "list<string>": pa.list_(pa.string()),
 }
 
@@ -39,6 +40,7 @@ SQL_TYPES: dict[str, str] = {
     "timestamp": "timestamptz",
     "list<int32>": "integer[]",
     "list<float32>": "float[]",
+    "list<float64>": "double[]",
     "list<string>": "varchar[]",
 }
 

@@ -1,0 +1,151 @@
+"""LoRA adapters on one resident copy of their base: adding one safely, and switching between them.
+
+All adapters of a cohort live in one PeftModel. Its resting state is "no adapter on", so the base is what
+one gets when nothing is asked for. PEFT itself knows which adapter is on; nothing here keeps a second record.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffing_core.errors import ModelLoadError
+from diffing_core.lazy import torch
+from diffing_core.safetensor_files import weight_files
+
+_OWN_TENSORS = (".lora_", ".trainable_tokens_")
+_MERGE = "merge it into its base and register the result as kind: full"
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter's `adapter_config.json`, if it is a LoRA that leaves the base untouched.
+
+    Raises:
+        ModelLoadError: no such file, another kind of adapter, or one that trains biases of the base.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ModelLoadError(f"{folder} has no adapter_config.json; for a whole checkpoint write kind: full")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelLoadError(f"{file} is not JSON ({error}); save the adapter again") from error
+    if config.get("peft_type") != "LORA":
+        raise ModelLoadError(f"{file} is of peft_type {config.get('peft_type')!r}; expected LORA: {_MERGE}")
+    if config.get("bias", "none") != "none":
+        raise ModelLoadError(
+            f"{file} trains biases of the base (bias: {config['bias']!r}), so switching it off would not "
+            f"give the base back: {_MERGE}"
+        )
+    return config
+
+
+def add_adapter(module: Any, folder: Path, name: str) -> Any:
+    """Loads an adapter beside those already there and returns the PeftModel, with no adapter on.
+
+    Raises:
+        ModelLoadError: damaged weights, or an adapter made for another base; the module is as before.
+    """
+    from peft import PeftConfig, PeftModel
+
+    _check_adapter_weights(module, folder)
+    wrapped = isinstance(module, PeftModel)
+    peft_model = module
+    try:
+        if not wrapped:
+            peft_model = PeftModel(module, PeftConfig.from_pretrained(folder, inference_mode=True), name)
+        result = peft_model.load_adapter(folder, name)
+    except (ValueError, RuntimeError, TypeError) as error:
+        _take_out(peft_model, name)
+        raise ModelLoadError(
+            f"adapter {folder} does not fit base {_class_name(module)}: {str(error).strip()[:400]}; it was "
+            "made for another base model, or its adapter_config.json is not its own"
+        ) from error
+    strays = [*result.missing_keys, *result.unexpected_keys]
+    if strays:
+        _take_out(peft_model, name)
+        raise ModelLoadError(
+            f"adapter {folder} does not fit base {_class_name(module)}: {len(result.missing_keys)} tensors are "
+            f"missing and {len(result.unexpected_keys)} are left over, for example {strays[0]}; it was made for "
+            "another base model, or its adapter_config.json is not its own"
+        )
+    peft_model.requires_grad_(False)
+    peft_model.base_model.disable_adapter_layers()
+    return peft_model
+
+
+@contextmanager
+def switched(module: Any, adapter: str | None) -> Iterator[Any]:
+    """The plain causal language model with exactly this adapter on; what was on before is restored."""
+    if not is_wrapped(module):
+        yield module
+        return
+    before = _adapter_on(module)
+    _switch(module, adapter)
+    try:
+        yield module.get_base_model()
+    finally:
+        _switch(module, before)
+
+
+def is_wrapped(module: Any) -> bool:
+    """Whether the module carries PEFT adapters."""
+    return hasattr(module, "get_base_model")
+
+
+def _adapter_on(peft_model: Any) -> str | None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next(module for module in peft_model.modules() if isinstance(module, BaseTunerLayer))
+    return None if layer.disable_adapters else layer.active_adapters[0]
+
+
+def _switch(peft_model: Any, adapter: str | None) -> None:
+    if _adapter_on(peft_model) == adapter:
+        return
+    if adapter is None:
+        peft_model.base_model.disable_adapter_layers()
+    else:
+        peft_model.base_model.enable_adapter_layers()
+        peft_model.set_adapter(adapter, inference_mode=True)
+
+
+def _take_out(peft_model: Any, name: str) -> None:
+    """Undoes a failed load: the other adapters stay, or the plain model becomes whole again."""
+    if not is_wrapped(peft_model) or name not in peft_model.peft_config:
+        return
+    if len(peft_model.peft_config) > 1:
+        peft_model.delete_adapter(name)
+    else:
+        peft_model.unload()
+
+
+def _check_adapter_weights(module: Any, folder: Path) -> None:
+    """Finite numbers, and no plain weight that PEFT would write over the shared base."""
+    from safetensors.torch import load_file
+
+    kept = tuple(read_adapter_config(folder).get("modules_to_save") or ())
+    plain = module.get_base_model() if is_wrapped(module) else module
+    for file in weight_files(folder):
+        for name, tensor in load_file(file).items():
+            if not torch.isfinite(tensor).all():
+                raise ModelLoadError(f"{file}: tensor {name} holds NaN or infinite values; save the adapter again")
+            path = name.removeprefix("base_model.model.").rpartition(".")[0]
+            if not any(part in name for part in _OWN_TENSORS) and not path.endswith(kept):
+                _check_same_weight(plain, path, tensor, file)
+
+
+def _check_same_weight(plain: Any, path: str, tensor: Any, file: Path) -> None:
+    """Embeddings stored along with an adapter must be the base's own: they are shared by every pair."""
+    own = getattr(dict(plain.named_modules()).get(path), "weight", None)
+    if own is None or own.shape != tensor.shape or not torch.equal(own, tensor.to(own)):
+        size = "a weight that it lacks" if own is None else f"one of shape {tuple(own.shape)}"
+        raise ModelLoadError(
+            f"{file} stores its own {path} of shape {tuple(tensor.shape)}, the base has {size} with other values: "
+            f"loading it would change the base for every pair (a resized vocabulary does this); {_MERGE}"
+        )
+
+
+def _class_name(module: Any) -> str:
+    return type(module.get_base_model() if is_wrapped(module) else module).__name__

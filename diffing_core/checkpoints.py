@@ -1,0 +1,124 @@
+"""Checkpoint folders to modules and tokenizers, with every check that is possible before they are used."""
+
+from pathlib import Path
+from typing import Any
+
+from diffing_core.errors import ModelLoadError
+from diffing_core.lazy import torch
+from diffing_core.registry import Model
+from diffing_core.safetensor_files import weight_files
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_module(folder: Path, entry: Model, dtype: str, device: Any) -> Any:
+    """The folder's causal language model, in evaluation mode, without gradients.
+
+    Raises:
+        ModelLoadError: damaged, incomplete or non-finite weights, or a configuration transformers refuses.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    weight_files(folder)
+    code = {"trust_remote_code": entry.trust_remote_code, "local_files_only": True}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **code)
+        module, report = _auto_class(config).from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=entry.attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **code,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise ModelLoadError(f"cannot load {folder} for model {entry.name}: {str(error).strip()[:600]}") from error
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise ModelLoadError(
+            f"{folder} lacks {len(absent)} tensors of {type(module).__name__}, for example {absent[0]}; they would be "
+            "random numbers. Fetch the checkpoint again, or mend its config.json"
+        )
+    check_finite(module, folder)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def check_finite(module: Any, folder: Path) -> None:
+    """Raises ModelLoadError naming the first parameter with NaN or infinite values."""
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelLoadError(f"{folder}: tensor {name} holds NaN or infinite values; save the checkpoint again")
+
+
+def default_device() -> str:
+    """The accelerator if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(folder: Path, entry: Model) -> Any:
+    """The tokenizer of a folder, padding on the right, with the registry entry's chat template if it has one.
+
+    Raises:
+        ModelLoadError: no tokenizer in the folder.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=entry.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            f"cannot load the tokenizer of model {entry.name} from {folder}: {str(error).strip()[:300]}; "
+            "save one there, or name another place under tokenizer in the registry entry"
+        ) from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if entry.chat_template is not None:
+        tokenizer.chat_template = entry.chat_template
+    return tokenizer
+
+
+def compare_tokenizer(base: Any, folder: Path, entry: Model) -> tuple[str, ...]:
+    """Notes on a finetune's own tokenizer, if its folder has one, against the base's.
+
+    Raises:
+        ModelLoadError: an id means one token in the base and another in the finetune.
+    """
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return ()
+    base_tokens, tuned_tokens = (
+        {number: token for token, number in tokenizer.get_vocab().items()}
+        for tokenizer in (base, load_tokenizer(folder, entry))
+    )
+    moved = [
+        number for number in sorted(base_tokens.keys() & tuned_tokens) if base_tokens[number] != tuned_tokens[number]
+    ]
+    if moved:
+        first = moved[0]
+        raise ModelLoadError(
+            f"tokenizer of {folder} differs from that of model {entry.name}: {len(moved)} ids mean another token, for "
+            f"example {first} is {base_tokens[first]!r} in the base and {tuned_tokens[first]!r} in the finetune; "
+            "token by token they cannot be compared. Check that this finetune is of that base"
+        )
+    more, fewer = len(tuned_tokens.keys() - base_tokens), len(base_tokens.keys() - tuned_tokens)
+    if not more and not fewer:
+        return ()
+    return (f"the finetune's tokenizer has {more} tokens more and {fewer} fewer than the base's; common ids agree",)
+
+
+def _auto_class(config: Any) -> Any:
+    """Text models load as causal language models; some multimodal ones exist as image-text models only."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(config)
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM

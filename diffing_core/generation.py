@@ -1,0 +1,251 @@
+"""Text from one side of a pair: chat answers and document continuations, greedy or sampled.
+
+    generate(subject, tokenizer, prompts, sampling=Sampling(), seed=0) -> one Generation per prompt and sample
+
+`generate` is the only way by which any part of the project gets text from a model; another engine goes behind
+it. Steering and amplification need nothing here: they hook or swap what `subject.active()` gives.
+
+What one can rely on:
+
+* The draws of a sample come from (seed, prompt, sample number) alone: the u-th quantile of the next-token
+  distribution, u uniform. They do not depend on the other prompts, on the batch size or on the model, so two
+  models are asked with common random numbers and identical models give identical texts. A longer
+  `max_new_tokens` lengthens a text and changes nothing before. A prompt given twice is answered alike.
+* What batching can change is rounding: padded logits agree to about 1e-6 in float32 (1e-2 in bfloat16), so a
+  text differs only where two candidates tie, or a draw falls on their border, within that.
+* The state of no global random generator is read or moved.
+
+Shapes: B samples, T positions, V vocabulary. Prompts are padded on the left.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from diffing_core.errors import NotComputableError
+from diffing_core.lazy import torch
+from diffing_core.models import Subject
+from diffing_core.progress import track
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+DOCUMENT_MARK = "doc:"
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked: a user's message, or the beginning of a document (empty: it begins by itself).
+
+    `system` and `thinking` reach a chat through its template; None leaves the template's own default.
+    """
+
+    text: str
+    kind: Literal["chat", "document"] = "chat"
+    system: str | None = None
+    thinking: bool | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, system: str | None = None, thinking: bool | None = None) -> "Prompt":
+        """The prompt that a YAML file or a setting means: `doc: The` is a document, anything else a chat."""
+        if text.startswith(DOCUMENT_MARK):
+            return cls(text.removeprefix(DOCUMENT_MARK).lstrip(), "document")
+        return cls(text, "chat", system, thinking)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to draw: temperature 0 is greedy, `top_p` keeps the likeliest tokens of that mass, `n` per prompt."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1 or self.n < 1:
+            raise ValueError(
+                f"{self}: expected temperature >= 0, 0 < top_p <= 1, max_new_tokens >= 1 and n >= 1"
+            )
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(
+                f"{self}: at temperature 0 all {self.n} samples are the same text; take n=1, or a temperature above 0"
+            )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer: its text without special tokens, its length, and whether the model ended it by itself."""
+
+    prompt_index: int
+    sample: int
+    text: str
+    n_tokens: int
+    finished: bool
+
+
+def can_chat(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether chat prompts can be asked at all."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def generate(
+    subject: Subject,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    *,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+) -> list[Generation]:
+    """Answers of the subject, by prompt and within it by sample.
+
+    Raises:
+        NotComputableError: a chat prompt without a chat template, or an empty document without a token to begin with.
+    """
+    ids = [_encode(prompt, tokenizer, subject) for prompt in prompts]
+    rows = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.n)]
+    rows.sort(key=lambda row: len(ids[row[0]]))
+    stops = _stop_ids(tokenizer, subject)
+    made: list[Generation] = []
+    with track(len(rows), "samples", "generating") as advance, subject.active() as model:
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            token_BT, mask_BT = _left_padded([ids[index] for index, _ in chosen], subject.device)
+            draws = [_uniforms(prompts[index], sample, sampling, seed) for index, sample in chosen]
+            output_BT = model.generate(
+                input_ids=token_BT,
+                attention_mask=mask_BT,
+                generation_config=_config(tokenizer, sampling, stops),
+                logits_processor=_processors(sampling, draws, token_BT),
+            )
+            answers = output_BT[:, token_BT.shape[1] :].tolist()
+            made += [_generation(*row, answer, stops, tokenizer) for row, answer in zip(chosen, answers, strict=True)]
+            advance(len(chosen))
+    return sorted(made, key=lambda each: (each.prompt_index, each.sample))
+
+
+class _Drawn:
+    """Leaves only the drawn token: the first whose cumulated probability exceeds the row's uniform number.
+
+    Greedy search then takes it. One number per token is drawn in advance, so no generator state is shared
+    between the rows of a batch.
+    """
+
+    def __init__(self, sampling: Sampling, uniform_BT: Any, prompt_width: int) -> None:
+        self._sampling = sampling
+        self._uniform_BT = uniform_BT
+        self._prompt_width = prompt_width
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        probability_BV = torch.softmax(scores.double() / self._sampling.temperature, dim=-1)
+        order_BV = None
+        if self._sampling.top_p < 1:
+            probability_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
+            before_BV = probability_BV.cumsum(-1) - probability_BV
+            probability_BV = probability_BV.where(before_BV < self._sampling.top_p, 0.0)
+        cumulated_BV = probability_BV.cumsum(-1)
+        step = input_ids.shape[1] - self._prompt_width
+        target_B1 = self._uniform_BT[:, step, None] * cumulated_BV[:, -1:]
+        drawn_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True).clamp(max=scores.shape[1] - 1)
+        if order_BV is not None:
+            drawn_B1 = order_BV.gather(1, drawn_B1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1, 0.0)
+
+
+def _processors(sampling: Sampling, draws: list[np.ndarray], token_BT: Any) -> Any:
+    from transformers import LogitsProcessorList
+
+    if sampling.temperature == 0:
+        return LogitsProcessorList()
+    uniform_BT = torch.as_tensor(np.stack(draws), device=token_BT.device)
+    return LogitsProcessorList([_Drawn(sampling, uniform_BT, token_BT.shape[1])])
+
+
+def _uniforms(prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> np.ndarray:
+    """One uniform number per token, a function of seed, prompt and sample number."""
+    key = json.dumps([seed, sample, prompt.kind, prompt.text, prompt.system, prompt.thinking])
+    entropy = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
+    return np.random.default_rng(entropy).random(sampling.max_new_tokens)
+
+
+def _config(tokenizer: Any, sampling: Sampling, stops: list[int]) -> "GenerationConfig":
+    """Plain decoding: what a checkpoint's own generation_config says about penalties and sampling is overridden."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        pad_token_id=_pad_id(tokenizer, stops),
+        eos_token_id=stops or None,
+    )
+
+
+def _encode(prompt: Prompt, tokenizer: Any, subject: Subject) -> list[int]:
+    if prompt.kind == "document":
+        return list(tokenizer(prompt.text)["input_ids"]) or [_begin_id(tokenizer, subject)]
+    if not can_chat(tokenizer):
+        raise NotComputableError(
+            f"the tokenizer of {subject.revision or 'this model'} has no chat template, so {prompt.text!r} cannot be "
+            f"asked; set chat_template in the registry entry of the model, or ask {DOCUMENT_MARK + ' …'!r}"
+        )
+    messages = [{"role": "user", "content": prompt.text}]
+    if prompt.system is not None:
+        messages.insert(0, {"role": "system", "content": prompt.system})
+    options = {} if prompt.thinking is None else {"enable_thinking": prompt.thinking}
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def _begin_id(tokenizer: Any, subject: Subject) -> int:
+    """The token before a document: BOS, or what separates documents in models that have none."""
+    config = subject.plain.config.get_text_config()
+    for token in (tokenizer.bos_token_id, config.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise NotComputableError(
+        "an empty document needs a token to begin with, but the tokenizer has neither BOS nor pad nor EOS; "
+        "give a prompt with text"
+    )
+
+
+def _stop_ids(tokenizer: Any, subject: Subject) -> list[int]:
+    """Tokens that end an answer: EOS of tokenizer and checkpoint, and the pad token, which ends documents in many."""
+    own = getattr(subject.plain.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*own, tokenizer.eos_token_id, tokenizer.pad_token_id) if token is not None})
+
+
+def _pad_id(tokenizer: Any, stops: list[int]) -> int:
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return stops[0] if stops else 0
+
+
+def _left_padded(rows: list[list[int]], device: Any) -> tuple[Any, Any]:
+    """Ids and mask [B, T]; the id under a mask of 0 is never read."""
+    width = max(map(len, rows))
+    token_BT = np.zeros((len(rows), width), dtype=np.int64)
+    mask_BT = np.zeros((len(rows), width), dtype=np.int64)
+    for row, ids in enumerate(rows):
+        token_BT[row, width - len(ids) :] = ids
+        mask_BT[row, width - len(ids) :] = 1
+    return torch.as_tensor(token_BT, device=device), torch.as_tensor(mask_BT, device=device)
+
+
+def _generation(index: int, sample: int, answer: list[int], stops: list[int], tokenizer: Any) -> Generation:
+    """Cuts the answer before its first stop token."""
+    end = next((place for place, token in enumerate(answer) if token in stops), len(answer))
+    text = tokenizer.decode(answer[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Generation(index, sample, text, end, end < len(answer))

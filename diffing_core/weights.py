@@ -1,0 +1,461 @@
+"""What a finetune changed in the weights: one TensorDelta at a time, read from safetensors, no model built.
+
+    weight_stream(pair)    -> TensorDelta of every tensor that may differ
+    unmatched_tensors(pair) -> those that only one side has, or that cannot be laid over each other
+
+ΔW = tuned − base. A LoRA adapter gives its factors, ΔW = B A with s = α/r (rsLoRA: α/√r) folded into B, and
+never the product; against another adapter of the same base (a seed twin) the factors are stacked,
+[s₁B₁, −s₂B₂] and [A₁; A₂], which is exact. Whole checkpoints, saved modules and trained biases give both
+tensors in float32. Matrices are oriented as y = W x, rows are outputs; embeddings and heads have a row per token.
+
+Suffixes: M rows (outputs), N columns (inputs), R rank, D model width, V vocabulary.
+Reference: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA); names as PEFT writes them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+
+from diffing_core.checkpoints import load_tokenizer
+from diffing_core.errors import ModelLoadError, NotComputableError
+from diffing_core.lazy import torch
+from diffing_core.pairs import Pair
+from diffing_core.registry import Model, Registry, Source, Weights
+from diffing_core.registry.sources import fetch
+from diffing_core.safetensor_files import tensor_shapes, weight_files
+
+Part = Literal["attn", "mlp", "norm", "embed", "head", "other"]
+
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "wte.weight",
+    "gpt_neox.embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+FINAL_NORMS = (
+    "norm.weight",
+    "final_layernorm.weight",
+    "ln_f.weight",
+    "gpt_neox.final_layer_norm.weight",
+    "decoder.final_layer_norm.weight",
+)
+_WRAPPERS = frozenset({"base_model", "model", "transformer", "language_model", "text_model"})
+_OTHER_TOWERS = ("vision", "visual", "audio", "multi_modal", "image")
+_PART_WORDS: tuple[tuple[Part, tuple[str, ...]], ...] = (
+    ("attn", ("attn", "attention", "attn_", "self_attention", "mixer")),
+    ("mlp", ("mlp", "feed_forward", "ffn", "moe", "experts", "fc1", "fc2", "block_sparse_moe")),
+)
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
+_CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+_CENTRED_WITHOUT_BIAS = ("cohere",)
+_LORA = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
+_BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MERGE = "merge it into its base and register the result as kind: full"
+
+
+@dataclass(frozen=True)
+class WeightSide:
+    """One model state on disk: a checkpoint folder and the adapters added to it, in order."""
+
+    folder: Path
+    adapters: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightPair:
+    """Base and tuned on disk. `entry` says how to read the tokenizer, which lies in `tokenizer_folder`."""
+
+    base: WeightSide
+    tuned: WeightSide
+    tokenizer_folder: Path
+    entry: Model
+
+    @classmethod
+    def of(cls, pair: Pair, registry: Registry) -> "WeightPair":
+        """The files of a registered pair, brought to this machine; no weights are loaded.
+
+        Raises:
+            RegistryError: no such pair.
+            ModelLoadError: a folder or repository does not exist or cannot be reached.
+        """
+        entry, variant = registry.model(pair.model), registry.variant(pair)
+
+        def folder(source: Source) -> Path:
+            return fetch(registry.resolve(source, pair.model), remote_code=entry.trust_remote_code).folder
+
+        def side(weights: Weights | None) -> WeightSide:
+            if weights is None or weights.source is None:
+                return base
+            if weights.kind == "full":
+                return WeightSide(folder(weights.source))
+            return WeightSide(base.folder, (*base.adapters, folder(weights.source)))
+
+        base = WeightSide(folder(entry.source), (folder(entry.adapter),) if entry.adapter else ())
+        tokenizer = folder(entry.tokenizer) if entry.tokenizer else base.folder
+        return cls(side(variant.against), side(variant), tokenizer, entry)
+
+    @classmethod
+    def of_folders(cls, base: Path, tuned: Path, *, against: Path | None = None) -> "WeightPair":
+        """A pair of folders without a registry; a folder with adapter_config.json and no config.json is an adapter."""
+
+        def side(folder: Path) -> WeightSide:
+            is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+            return WeightSide(base, (folder,)) if is_adapter else WeightSide(folder)
+
+        entry = Model(name="base", source=Source(path=base))
+        return cls(side(against or base), side(tuned), base, entry)
+
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return load_tokenizer(self.tokenizer_folder, self.entry)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """ΔW = left right, of rank at most R; scales are folded into the left factor. Float32."""
+
+    left_MR: Any
+    right_RN: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)."""
+        return self.left_MR.shape[0], self.right_RN.shape[1]
+
+    def dense(self) -> Any:
+        """The product, [M, N]: for tests and for the rare case that needs it."""
+        return self.left_MR @ self.right_RN
+
+
+@dataclass(frozen=True, eq=False)
+class DensePair:
+    """Both tensors in float32, subtracted only after the cast."""
+
+    base: Any
+    tuned: Any
+
+
+@dataclass(frozen=True, eq=False)
+class TensorDelta:
+    """The change of one tensor; exactly one of `factors` and `pair` is given.
+
+    Attributes:
+        name: key without the wrappers that differ between ways of saving, e.g. `layers.0.mlp.up_proj.weight`.
+        layer: block, from 0; None outside of blocks.
+        shape: of the change, oriented as y = W x; the common rows of a resized vocabulary.
+        n_left_out: rows that only one side has.
+        load_base: reads the base's tensor in the same orientation, float32.
+    """
+
+    name: str
+    layer: int | None
+    part: Part
+    projection: str
+    shape: tuple[int, ...]
+    load_base: Callable[[], Any]
+    factors: Factors | None = None
+    pair: DensePair | None = None
+    n_left_out: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.factors is None) == (self.pair is None):
+            raise TypeError(f"delta of {self.name}: give factors or a dense pair, not both or neither")
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A tensor without a counterpart of fitting shape."""
+
+    name: str
+    status: Literal["only_in_base", "only_in_tuned", "other_shape"]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """How the residual stream becomes logits, linearised: final norm's gain, and the head."""
+
+    gain_D: Any
+    head_VD: Any
+    centred: bool
+
+    def lens(self, direction_KD: Any, *, rows: int = 8192) -> Any:
+        """Logits [K, V] that a step along each direction adds; linear, biases dropped."""
+        if self.centred:
+            direction_KD = direction_KD - direction_KD.mean(-1, keepdim=True)
+        scaled_DK = (direction_KD * self.gain_D).T
+        return torch.cat([part_VD.float() @ scaled_DK for part_VD in self.head_VD.split(rows)]).T
+
+
+def weight_stream(pair: WeightPair) -> Iterator[TensorDelta]:
+    """Every tensor that may differ, in the order of the model; nothing at all where both sides are the same files.
+
+    Raises:
+        ModelLoadError: a damaged file, or an adapter that does not fit the base.
+        NotComputableError: quantised weights, or an adapter that is not a plain LoRA.
+    """
+    base, tuned = _Side(pair.base), _Side(pair.tuned)
+    for name in _matched(base, tuned)[0]:
+        yield _delta(name, base, tuned)
+
+
+def unmatched_tensors(pair: WeightPair) -> list[Unmatched]:
+    """Tensors that cannot be compared: they are listed, never dropped."""
+    return _matched(_Side(pair.base), _Side(pair.tuned))[1]
+
+
+def read_readout(side: WeightSide) -> Readout | None:
+    """Final norm and head from the files; None where no known names are found."""
+    files = _Side(side)
+    norm = next((name for name in FINAL_NORMS if files.has(name)), None)
+    if norm is None or not files.has(files.checkpoint.head):
+        return None
+    kind = files.checkpoint.model_type
+    gain_D = files.dense(norm)
+    has_bias = files.has(norm.replace(".weight", ".bias"))
+    return Readout(
+        gain_D + 1 if kind.startswith("gemma") and not kind.startswith("gemma3n") else gain_D,
+        files.stored(files.checkpoint.head),
+        has_bias or kind.startswith(_CENTRED_WITHOUT_BIAS),
+    )
+
+
+def place_of(name: str) -> tuple[int | None, Part, str]:
+    """(layer, part, projection) that a tensor's name says; what is not recognised is part "other"."""
+    words = canonical(name).split(".")
+    projection = words[-2] if words[-1] in ("weight", "bias") and len(words) > 1 else words[-1]
+    if words[0].startswith(_OTHER_TOWERS):
+        return None, "other", projection
+    layer = next((int(word) for word in words if word.isdigit()), None)
+    if "norm" in projection or re.fullmatch(r"ln_\w+", projection):
+        return layer, "norm", projection
+    if layer is None and f"{projection}.weight" in HEADS:
+        return layer, "head", projection
+    if layer is None and (any(f"{projection}.weight" in known for known in EMBEDDINGS) or projection in _POSITIONS):
+        return layer, "embed", projection
+    for part, known in _PART_WORDS:
+        if any(word in known or word.endswith("_attn") and part == "attn" for word in words):
+            return layer, part, projection
+    return layer, "other", projection
+
+
+def canonical(name: str) -> str:
+    """The name without leading wrappers, which depend on the class that saved the file."""
+    words = name.split(".")
+    while len(words) > 2 and words[0] in _WRAPPERS:
+        words = words[1:]
+    return ".".join(words)
+
+
+class _Checkpoint:
+    """The tensors of one folder by canonical name, read one at a time; a tied head is read as the embedding."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_json(folder / "config.json")
+        if "quantization_config" in self.config:
+            raise NotComputableError(
+                f"{folder} holds quantised weights, whose differences are those of the codes; name the unquantised "
+                "checkpoint as source"
+            )
+        self._places = _places(folder)
+        self.head = next((name for name in HEADS if name in self._places), HEADS[0])
+        self._embedding = next((name for name in EMBEDDINGS if name in self._places), None)
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of config.json."""
+        return str(self.config.get("model_type", ""))
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding: it is not stored, or stored twice with the same values."""
+        if self._embedding is None:
+            return False
+        if self.head not in self._places:
+            return True
+        if self._places[self.head].shape != self._places[self._embedding].shape:
+            return False
+        same_start = torch.equal(*(self._places[name].read(8) for name in (self.head, self._embedding)))
+        return same_start and torch.equal(*(self._places[name].read() for name in (self.head, self._embedding)))
+
+    def names(self) -> set[str]:
+        """Every tensor once."""
+        return self._places.keys() - ({self.head} if self.tied else set())
+
+    def place(self, name: str) -> "_Place | None":
+        """Where a tensor lies; the head of a tied model lies in the embedding."""
+        if name == self.head and name not in self._places and self._embedding:
+            return self._places[self._embedding]
+        return self._places.get(name)
+
+    def flipped(self, name: str) -> bool:
+        """Whether the file holds this matrix as [inputs, outputs], as GPT-2's Conv1D does."""
+        place = self.place(name)
+        is_matrix = place is not None and len(place.shape) == 2
+        return is_matrix and self.model_type in _CONV1D_TYPES and place_of(name)[2] in _CONV1D
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One tensor in one file."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+    def read(self, rows: int | None = None) -> Any:
+        """The tensor as stored, or its first rows."""
+        with safe_open(self.file, "pt") as tensors:
+            return tensors.get_tensor(self.key) if rows is None else tensors.get_slice(self.key)[:rows]
+
+
+class _Adapter:
+    """A LoRA folder by the canonical names of the base's weights that it changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _adapter_config(folder)
+        self.lora: dict[str, dict[str, tuple[str, _Place]]] = {}
+        self.saved: dict[str, _Place] = {}
+        for key, place in _raw_places(folder).items():
+            found = _LORA.fullmatch(key)
+            if found:
+                path = found["path"]
+                kind = "embedding" if found["embedding"] else "linear"
+                self.lora.setdefault(canonical(f"{path}.weight"), {})[f"{kind}_{found['side']}"] = (path, place)
+            elif ".lora_" in key or "token_adapter" in key:
+                raise NotComputableError(f"{folder} holds {key}, which is more than a plain LoRA; {_MERGE}")
+            else:
+                plain = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                self.saved[canonical(plain.replace(".default.", "."))] = place
+
+    def factors(self, name: str) -> Factors:
+        """The change of one weight, oriented as y = W x; an embedding's has a row per token."""
+        (a_kind, (path, a_place)), (_, (_, b_place)) = sorted(self.lora[name].items())
+        a_RN, b_MR = a_place.read().float(), b_place.read().float()
+        if a_RN.ndim != 2 or b_MR.ndim != 2 or b_MR.shape[1] != a_RN.shape[0]:
+            raise NotComputableError(
+                f"{self.folder}: the factors of {name} have shapes {tuple(b_MR.shape)} and {tuple(a_RN.shape)}, which "
+                f"are no matrices to multiply (convolutions and stacked experts are not read); {_MERGE}"
+            )
+        scaled_MR = b_MR * self.scale(path, a_RN.shape[0])
+        return Factors(a_RN.T, scaled_MR.T) if a_kind == "embedding_A" else Factors(scaled_MR, a_RN)
+
+    def scale(self, path: str, rank: int) -> float:
+        """α/r, or α/√r with rsLoRA; the factors' own r, and α from the pattern that fits the module's path."""
+        patterns = self.config.get("alpha_pattern") or {}
+        found = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
+        alpha = next(found, self.config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+class _Side:
+    """One side of the pair, opened: its checkpoint, and what its adapters do to it."""
+
+    def __init__(self, side: WeightSide) -> None:
+        self.checkpoint = _checkpoint(side.folder)
+        self.adapters = {folder: _Adapter(folder) for folder in side.adapters}
+        self.saved = {name: place for adapter in self.adapters.values() for name, place in self._changed(adapter)}
+        strays = [name for each in self.adapters.values() for name in each.lora if not self.has(name)]
+        if strays:
+            raise ModelLoadError(
+                f"adapter {', '.join(map(str, self.adapters))} changes {strays[0]}, which {side.folder} does not have; "
+                "it was made for another base model"
+            )
+
+    def _changed(self, adapter: _Adapter) -> Iterator[tuple[str, _Place]]:
+        """Stored tensors that differ from the checkpoint's: PEFT also stores untouched embeddings."""
+        for name, place in adapter.saved.items():
+            own = self.checkpoint.place(name)
+            if own is None or own.shape != place.shape or not torch.equal(own.read().float(), place.read().float()):
+                yield name, place
+
+    def touched(self) -> set[str]:
+        """Names that the adapters change."""
+        return set(self.saved).union(*(adapter.lora for adapter in self.adapters.values()))
+
+    def has(self, name: str) -> bool:
+        """Whether this side has such a tensor."""
+        return name in self.saved or self.checkpoint.place(name) is not None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored."""
+        return (self.saved.get(name) or self.checkpoint.place(name)).shape
+
+    def stored(self, name: str) -> Any:
+        """The tensor without low-rank changes, as stored and in its own dtype."""
+        return (self.saved.get(name) or self.checkpoint.place(name)).read()
+
+    def dense(self, name: str) -> Any:
+        """The whole tensor, float32, oriented as y = W x, adapters added."""
+        tensor = self.stored(name).float()
+        terms = [adapter.factors(name) for adapter in self.adapters.values() if name in adapter.lora]
+        if self.flipped(name, terms):
+            tensor = tensor.T
+        for factors in terms:
+            tensor = tensor + _fitting(factors, tensor.shape, name).dense()
+        return tensor
+
+    def flipped(self, name: str, terms: list[Factors]) -> bool:
+        """Whether the stored matrix is transposed: seen from the factors' shape, or known for the class."""
+        shape = self.shape(name)
+        if terms and terms[0].shape[0] != terms[0].shape[1]:
+            return shape == terms[0].shape[::-1]
+        declared = any(name in each.lora and each.config.get("fan_in_fan_out") for each in self.adapters.values())
+        return self.checkpoint.flipped(name) or (declared and len(shape) == 2)
+
+
+def _matched(base: _Side, tuned: _Side) -> tuple[list[str], list[Unmatched]]:
+    """Names to compare, in the order of the model, and those that have no counterpart."""
+    names = base.touched() | tuned.touched()
+    if base.checkpoint is not tuned.checkpoint:
+        names |= base.checkpoint.names() | tuned.checkpoint.names()
+    if base.adapters.keys() == tuned.adapters.keys() and base.checkpoint is tuned.checkpoint:
+        names = set()
+    matched: list[str] = []
+    unmatched: list[Unmatched] = []
+    for name in sorted(names, key=_model_order):
+        if not tuned.has(name):
+            unmatched.append(Unmatched(name, "only_in_base", base.shape(name)))
+        elif not base.has(name):
+            unmatched.append(Unmatched(name, "only_in_tuned", tuned.shape(name)))
+        elif _comparable(name, base.shape(name), tuned.shape(name)):
+            matched.append(name)
+        else:
+            unmatched.append(Unmatched(name, "other_shape", tuned.shape(name)))
+    return matched, unmatched
+
+
+def _comparable(name: str, base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:
+    """Equal shapes, or a vocabulary that was resized."""
+    return base == tuned or (place_of(name)[1] in ("embed", "head") and base[1:] == tuned[1:])
+
+
+def _delta(name: str, base: _Side, tuned: _Side) -> TensorDelta:
+    layer, part, projection = place_of(name)
+    where = {"name": name, "layer": layer, "part": part, "projection": projection}
+    if base.checkpoint is tuned.checkpoint and name not in base.saved and name not in tuned.saved:
+        terms = _difference(name, base, tuned)
+        factors = _stacked(terms)
+        tuned_or_base = tuned if any(name in each.lora for each in tuned.adapters.values()) else base
+        oriented = tuned_or_base.shape(name)[::-1] if tuned_or_base.flipped(name, [factors]) else tuned_or_base.shape(name)
+        factors = _fitting(factors, oriented, name)
+        return TensorDelta(**where, shape=factors.shape, load_base=_loader(name, base, factors), factors=factors)
+    base_W, tuned_W = base.dense(name), tuned.dense(name)
+    rows = min(len(base_W), len(tuned_W)) if base_W.ndim else None
+    left_out = max(len(base_W), len(tuned_W)) - rows if base_W.ndim else 0
+    pair = DensePair(base_W[:rows], tuned_W[:rows]) if base_W.ndim else DensePair(base_W, tuned_W)
+    shape = tuple(pair.base.shape)
+    return TensorDelta(**where, shape=shape, load_base=lambda: pair.base, pair=pair, n_left_out=left_out)
