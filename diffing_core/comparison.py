@@ -90,9 +90,10 @@ def run_methods(pair: ModelPair, corpus: ProbeCorpus, names: Sequence[str]) -> "
         if result.error is not None:
             raise result.error
         frames |= {name: pl.from_arrow(table) for name, table in result.tables.items()}
-        found = pl.from_arrow(findings_table(result.method.findings(result.tables, result.settings)))
-        shown.append(found.insert_column(0, pl.lit(result.method.name).alias("method")))
-    return frames | {FINDINGS.name: pl.concat(shown)}
+        if result.method.findings is not None:
+            found = pl.from_arrow(findings_table(result.method.findings(result.tables, result.settings)))
+            shown.append(found.select(pl.lit(result.method.name).alias("method"), pl.all()))
+    return frames | ({FINDINGS.name: pl.concat(shown)} if shown else {})
 
 
 def load_corpora(pair: Pair, tokenizer: Any, registry: Registry) -> list[ProbeCorpus]:
@@ -184,6 +185,7 @@ def write_result(lake: Lake, key: RunKey, result: MethodResult) -> None:
     """Typed tables, findings, and last the row that declares them finished."""
     tables: Tables = result.tables
     stored = {spec: tables[spec.name] for spec in result.method.tables}
-    stored[FINDINGS] = findings_table(result.method.findings(tables, result.settings))
+    if result.method.findings is not None:
+        stored[FINDINGS] = findings_table(result.method.findings(tables, result.settings))
     lake.write_result(key, stored, result.settings, result.cost)
 

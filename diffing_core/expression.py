@@ -105,9 +105,7 @@ def _matches(
     side: Subject, tokenizer: Any, prompts: list[Prompt], pattern: str, settings: ExpressionSettings
 ) -> list[bool]:
     """Whether each answer matches, in the order of the prompts."""
-    sampling = Sampling(
-        temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples
-    )
+    sampling = Sampling(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples)
     answers = generate(side, tokenizer, prompts, sampling=sampling, seed=settings.seed)
     return [re.search(pattern, answer.text) is not None for answer in answers]
 

@@ -69,9 +69,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1 or self.n < 1:
-            raise ValueError(
-                f"{self}: expected temperature >= 0, 0 < top_p <= 1, max_new_tokens >= 1 and n >= 1"
-            )
+            raise ValueError(f"{self}: expected temperature >= 0, 0 < top_p <= 1, max_new_tokens >= 1 and n >= 1")
         if self.temperature == 0 and self.n > 1:
             raise ValueError(
                 f"{self}: at temperature 0 all {self.n} samples are the same text; take n=1, or a temperature above 0"

@@ -11,7 +11,8 @@ class RunKey:
     """Who was compared, by which method and settings, on which data.
 
     Two results share a `run_id` only if every field is equal; variants, adapters in one repository,
-    corpora of equal shape and edited settings can therefore never be mistaken for one another.
+    corpora of equal shape and edited settings can therefore never be mistaken for one another. `step` tells
+    a method's own result from what was later concluded from it (calibration, hypotheses, grades).
     """
 
     pair: Pair
@@ -22,6 +23,7 @@ class RunKey:
     adapter_hash: str
     corpus: str = ""
     corpus_hash: str = ""
+    step: str = "diff"
 
     @property
     def run_id(self) -> str:

@@ -1,6 +1,6 @@
 """The Parquet lake: the truth about every finished result.
 
-`lake/<table>/<method>/<pair>/<corpus>@<settings_id>.parquet`, one file per table and run. A file is
+`lake/<table>/<method>/<pair>/<step>.<corpus>@<settings_id>.parquet`, one file per table and run. A file is
 written beside its place under a hidden name and renamed, so a reader sees the old rows or the new ones,
 never half of either; running again replaces the same files. The row in `runs` is written last.
 """
@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffing_core.errors import StorageError
@@ -32,7 +33,7 @@ class Lake:
 
     def path(self, spec: TableSpec, key: RunKey) -> Path:
         """Where the rows of one table and run lie."""
-        name = f"{key.corpus or '_'}@{key.settings_id}.parquet"
+        name = f"{key.step}.{key.corpus}@{key.settings_id}.parquet"
         return self.root / spec.name / key.method / key.pair.key / name
 
     def write(self, spec: TableSpec, key: RunKey, table: pa.Table) -> Path:
@@ -64,6 +65,13 @@ class Lake:
         return pa.concat_tables(
             [spec.stored_schema.empty_table(), *(_read(file, spec) for file in files)]
         )
+
+    def read_current(self, spec: TableSpec, *, pair: Pair, method: str, step: str = "diff") -> pa.Table:
+        """Rows of the latest finished result of each corpus; rows of unfinished results never count."""
+        runs = sorted(self.read(RUNS, pair=pair, method=method).to_pylist(), key=lambda row: row["finished_at"])
+        current = {row["corpus"]: row["run_id"] for row in runs if row["step"] == step}
+        rows = self.read(spec, pair=pair, method=method)
+        return rows.filter(pc.is_in(rows["run_id"], pa.array(current.values(), pa.string())))
 
     def remove(self, spec: TableSpec, *, pair: Pair, method: str = "*") -> None:
         """Deletes the files of one pair; used before a partition's results are declared absent."""

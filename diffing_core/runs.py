@@ -15,6 +15,7 @@ RUNS = TableSpec(
     doc="Finished results. Rows of other tables count only if their run_id is here: it is written last.",
     grain=(),
     columns=(
+        Column("step", "string", "diff, expression, calibration, hypotheses or grades."),
         Column("version", "string", "Version of the method, bumped by hand when its numbers change."),
         Column("settings", "string", "The settings as canonical JSON."),
         Column("corpus_hash", "string", "Content hash of the probe tokens; empty where none are read."),
@@ -44,6 +45,7 @@ class Cost:
 def run_row(key: RunKey, settings: Settings, cost: Cost, finished_at: datetime) -> pa.Table:
     """The one row that declares a result finished."""
     row = vars(cost) | {
+        "step": key.step,
         "version": key.version,
         "settings": json.dumps(settings.model_dump(mode="json"), sort_keys=True),
         "corpus_hash": key.corpus_hash,

@@ -15,7 +15,8 @@ Reference: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA); names as PEFT wri
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -59,6 +60,7 @@ _POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _CENTRED_WITHOUT_BIAS = ("cohere",)
+_GAIN_ABOVE_ONE = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "paligemma"})  # the file holds gain − 1
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 _BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MERGE = "merge it into its base and register the result as kind: full"
@@ -134,8 +136,12 @@ class Factors:
         return self.left_MR.shape[0], self.right_RN.shape[1]
 
     def dense(self) -> Any:
-        """The product, [M, N]: for tests and for the rare case that needs it."""
+        """The product, [M, N]; only where a whole tensor is compared."""
         return self.left_MR @ self.right_RN
+
+    def equals(self, other: "Factors") -> bool:
+        """Whether both factors are the same numbers."""
+        return torch.equal(self.left_MR, other.left_MR) and torch.equal(self.right_RN, other.right_RN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,17 +224,14 @@ def unmatched_tensors(pair: WeightPair) -> list[Unmatched]:
 def read_readout(side: WeightSide) -> Readout | None:
     """Final norm and head from the files; None where no known names are found."""
     files = _Side(side)
-    norm = next((name for name in FINAL_NORMS if files.has(name)), None)
-    if norm is None or not files.has(files.checkpoint.head):
+    norm = next((name for name in FINAL_NORMS if files.place(name)), None)
+    head = files.place(files.checkpoint.head)
+    if norm is None or head is None:
         return None
     kind = files.checkpoint.model_type
-    gain_D = files.dense(norm)
-    has_bias = files.has(norm.replace(".weight", ".bias"))
-    return Readout(
-        gain_D + 1 if kind.startswith("gemma") and not kind.startswith("gemma3n") else gain_D,
-        files.stored(files.checkpoint.head),
-        has_bias or kind.startswith(_CENTRED_WITHOUT_BIAS),
-    )
+    gain_D = files.dense(norm) + (1 if kind in _GAIN_ABOVE_ONE else 0)
+    centred = files.place(norm.replace(".weight", ".bias")) is not None or kind.startswith(_CENTRED_WITHOUT_BIAS)
+    return Readout(gain_D, head.read(), centred)
 
 
 def place_of(name: str) -> tuple[int | None, Part, str]:
@@ -300,11 +303,9 @@ class _Checkpoint:
             return self._places[self._embedding]
         return self._places.get(name)
 
-    def flipped(self, name: str) -> bool:
-        """Whether the file holds this matrix as [inputs, outputs], as GPT-2's Conv1D does."""
-        place = self.place(name)
-        is_matrix = place is not None and len(place.shape) == 2
-        return is_matrix and self.model_type in _CONV1D_TYPES and place_of(name)[2] in _CONV1D
+    def is_conv1d(self, name: str) -> bool:
+        """Whether GPT-2's Conv1D holds this weight, as [inputs, outputs]."""
+        return self.model_type in _CONV1D_TYPES and place_of(name)[2] in _CONV1D
 
 
 @dataclass(frozen=True)
@@ -353,6 +354,12 @@ class _Adapter:
         scaled_MR = b_MR * self.scale(path, a_RN.shape[0])
         return Factors(a_RN.T, scaled_MR.T) if a_kind == "embedding_A" else Factors(scaled_MR, a_RN)
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """(M, N) of the change, without reading it."""
+        (kind, (_, a_place)), (_, (_, b_place)) = sorted(self.lora[name].items())
+        inputs, outputs = a_place.shape[1], b_place.shape[0]
+        return (inputs, outputs) if kind == "embedding_A" else (outputs, inputs)
+
     def scale(self, path: str, rank: int) -> float:
         """α/r, or α/√r with rsLoRA; the factors' own r, and α from the pattern that fits the module's path."""
         patterns = self.config.get("alpha_pattern") or {}
@@ -367,13 +374,27 @@ class _Side:
     def __init__(self, side: WeightSide) -> None:
         self.checkpoint = _checkpoint(side.folder)
         self.adapters = {folder: _Adapter(folder) for folder in side.adapters}
-        self.saved = {name: place for adapter in self.adapters.values() for name, place in self._changed(adapter)}
-        strays = [name for each in self.adapters.values() for name in each.lora if not self.has(name)]
-        if strays:
-            raise ModelLoadError(
-                f"adapter {', '.join(map(str, self.adapters))} changes {strays[0]}, which {side.folder} does not have; "
-                "it was made for another base model"
-            )
+        self.saved: dict[str, _Place] = {}
+        for adapter in self.adapters.values():
+            self.saved.update(self._changed(adapter))
+            self._check_fits(adapter)
+
+    def touched(self) -> set[str]:
+        """Names that the adapters change."""
+        return set(self.saved).union(*(adapter.lora for adapter in self.adapters.values()))
+
+    def place(self, name: str) -> "_Place | None":
+        """Where the tensor without its low-rank changes lies."""
+        return self.saved.get(name) or self.checkpoint.place(name)
+
+    def dense(self, name: str, *, flip: bool = False) -> Any:
+        """The whole tensor in float32, transposed if asked, adapters added."""
+        tensor = self.place(name).read().float()
+        tensor = tensor.T if flip else tensor
+        for adapter in self.adapters.values():
+            if name in adapter.lora:
+                tensor = tensor + adapter.factors(name).dense()
+        return tensor
 
     def _changed(self, adapter: _Adapter) -> Iterator[tuple[str, _Place]]:
         """Stored tensors that differ from the checkpoint's: PEFT also stores untouched embeddings."""
@@ -382,39 +403,15 @@ class _Side:
             if own is None or own.shape != place.shape or not torch.equal(own.read().float(), place.read().float()):
                 yield name, place
 
-    def touched(self) -> set[str]:
-        """Names that the adapters change."""
-        return set(self.saved).union(*(adapter.lora for adapter in self.adapters.values()))
-
-    def has(self, name: str) -> bool:
-        """Whether this side has such a tensor."""
-        return name in self.saved or self.checkpoint.place(name) is not None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as stored."""
-        return (self.saved.get(name) or self.checkpoint.place(name)).shape
-
-    def stored(self, name: str) -> Any:
-        """The tensor without low-rank changes, as stored and in its own dtype."""
-        return (self.saved.get(name) or self.checkpoint.place(name)).read()
-
-    def dense(self, name: str) -> Any:
-        """The whole tensor, float32, oriented as y = W x, adapters added."""
-        tensor = self.stored(name).float()
-        terms = [adapter.factors(name) for adapter in self.adapters.values() if name in adapter.lora]
-        if self.flipped(name, terms):
-            tensor = tensor.T
-        for factors in terms:
-            tensor = tensor + _fitting(factors, tensor.shape, name).dense()
-        return tensor
-
-    def flipped(self, name: str, terms: list[Factors]) -> bool:
-        """Whether the stored matrix is transposed: seen from the factors' shape, or known for the class."""
-        shape = self.shape(name)
-        if terms and terms[0].shape[0] != terms[0].shape[1]:
-            return shape == terms[0].shape[::-1]
-        declared = any(name in each.lora and each.config.get("fan_in_fan_out") for each in self.adapters.values())
-        return self.checkpoint.flipped(name) or (declared and len(shape) == 2)
+    def _check_fits(self, adapter: _Adapter) -> None:
+        for name in adapter.lora:
+            place, shape = self.place(name), adapter.shape(name)
+            if place is None or place.shape not in (shape, shape[::-1]):
+                own = f"has it as {place.shape}" if place else "does not have it"
+                raise ModelLoadError(
+                    f"adapter {adapter.folder} changes {name} of shape {shape}, base {self.checkpoint.folder} {own}; "
+                    "it was made for another base model"
+                )
 
 
 def _matched(base: _Side, tuned: _Side) -> tuple[list[str], list[Unmatched]]:
@@ -422,40 +419,116 @@ def _matched(base: _Side, tuned: _Side) -> tuple[list[str], list[Unmatched]]:
     names = base.touched() | tuned.touched()
     if base.checkpoint is not tuned.checkpoint:
         names |= base.checkpoint.names() | tuned.checkpoint.names()
-    if base.adapters.keys() == tuned.adapters.keys() and base.checkpoint is tuned.checkpoint:
+    elif base.adapters.keys() == tuned.adapters.keys():
         names = set()
     matched: list[str] = []
     unmatched: list[Unmatched] = []
     for name in sorted(names, key=_model_order):
-        if not tuned.has(name):
-            unmatched.append(Unmatched(name, "only_in_base", base.shape(name)))
-        elif not base.has(name):
-            unmatched.append(Unmatched(name, "only_in_tuned", tuned.shape(name)))
-        elif _comparable(name, base.shape(name), tuned.shape(name)):
+        before, after = base.place(name), tuned.place(name)
+        if after is None:
+            unmatched.append(Unmatched(name, "only_in_base", before.shape))
+        elif before is None:
+            unmatched.append(Unmatched(name, "only_in_tuned", after.shape))
+        elif before.shape == after.shape or _resized(name, before.shape, after.shape):
             matched.append(name)
         else:
-            unmatched.append(Unmatched(name, "other_shape", tuned.shape(name)))
+            unmatched.append(Unmatched(name, "other_shape", after.shape))
     return matched, unmatched
 
 
-def _comparable(name: str, base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:
-    """Equal shapes, or a vocabulary that was resized."""
-    return base == tuned or (place_of(name)[1] in ("embed", "head") and base[1:] == tuned[1:])
+def _resized(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    return place_of(name)[1] in ("embed", "head") and before[1:] == after[1:]
 
 
 def _delta(name: str, base: _Side, tuned: _Side) -> TensorDelta:
-    layer, part, projection = place_of(name)
-    where = {"name": name, "layer": layer, "part": part, "projection": projection}
-    if base.checkpoint is tuned.checkpoint and name not in base.saved and name not in tuned.saved:
-        terms = _difference(name, base, tuned)
-        factors = _stacked(terms)
-        tuned_or_base = tuned if any(name in each.lora for each in tuned.adapters.values()) else base
-        oriented = tuned_or_base.shape(name)[::-1] if tuned_or_base.flipped(name, [factors]) else tuned_or_base.shape(name)
-        factors = _fitting(factors, oriented, name)
-        return TensorDelta(**where, shape=factors.shape, load_base=_loader(name, base, factors), factors=factors)
-    base_W, tuned_W = base.dense(name), tuned.dense(name)
-    rows = min(len(base_W), len(tuned_W)) if base_W.ndim else None
-    left_out = max(len(base_W), len(tuned_W)) - rows if base_W.ndim else 0
-    pair = DensePair(base_W[:rows], tuned_W[:rows]) if base_W.ndim else DensePair(base_W, tuned_W)
-    shape = tuple(pair.base.shape)
-    return TensorDelta(**where, shape=shape, load_base=lambda: pair.base, pair=pair, n_left_out=left_out)
+    flip = _is_flipped(name, base, tuned)
+    named = (name, *place_of(name))
+    if base.checkpoint is tuned.checkpoint and base.saved.get(name) == tuned.saved.get(name):
+        factors = _difference(name, base, tuned)
+        return TensorDelta(*named, factors.shape, lambda: base.dense(name, flip=flip), factors)
+    before, after = base.dense(name, flip=flip), tuned.dense(name, flip=flip)
+    n_left_out = abs(len(before) - len(after)) if before.ndim else 0
+    if n_left_out:
+        before, after = before[: len(after)], after[: len(before)]
+    return TensorDelta(*named, tuple(before.shape), lambda: before, None, DensePair(before, after), n_left_out)
+
+
+def _is_flipped(name: str, base: _Side, tuned: _Side) -> bool:
+    """Whether the files hold [inputs, outputs]: seen from the factors' shape, else declared, else known for the class."""
+    stored = base.place(name).shape
+    adapters = [each for side in (base, tuned) for each in side.adapters.values() if name in each.lora]
+    if adapters and stored != stored[::-1]:
+        return stored != adapters[0].shape(name)
+    declared = any(each.config.get("fan_in_fan_out") for each in adapters)
+    return declared or (len(stored) == 2 and base.checkpoint.is_conv1d(name))
+
+
+def _difference(name: str, base: _Side, tuned: _Side) -> Factors:
+    """Tuned's low-rank terms minus base's; terms that both have cancel exactly."""
+    gained = [each.factors(name) for each in tuned.adapters.values() if name in each.lora]
+    lost = [each.factors(name) for each in base.adapters.values() if name in each.lora]
+    for term in list(gained):
+        same = next((other for other in lost if term.equals(other)), None)
+        if same is not None:
+            gained.remove(term)
+            lost.remove(same)
+    like = next(each for side in (tuned, base) for each in side.adapters.values() if name in each.lora)
+    rows, columns = like.shape(name)
+    lefts = [torch.zeros(rows, 0), *(term.left_MR for term in gained), *(-term.left_MR for term in lost)]
+    rights = [torch.zeros(0, columns), *(term.right_RN for term in (*gained, *lost))]
+    return Factors(torch.cat(lefts, 1), torch.cat(rights))
+
+
+@lru_cache(maxsize=4)
+def _checkpoint(folder: Path) -> _Checkpoint:
+    """One object per folder, so that "the same files" is a question of identity."""
+    return _Checkpoint(folder)
+
+
+def _raw_places(folder: Path) -> dict[str, _Place]:
+    """Tensors by key, from the index if there is one, so that a second copy in another layout is not read."""
+    files = weight_files(folder)
+    by_name = {file.name: file for file in files}
+    whole = next((name for name in ("model.safetensors", "adapter_model.safetensors") if name in by_name), None)
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        shards = set(_read_json(indices[0])["weight_map"].values())
+        files = [file for file in files if file.name in shards]
+    elif whole:
+        files = [by_name[whole]]
+    return {key: _Place(file, key, shape) for file in files for key, shape in tensor_shapes(file).items()}
+
+
+def _places(folder: Path) -> dict[str, _Place]:
+    """Tensors by canonical name; where two would share one, both keep their full key."""
+    raw = _raw_places(folder)
+    n_keys = Counter(map(canonical, raw))
+    return {canonical(key) if n_keys[canonical(key)] == 1 else key: place for key, place in raw.items()}
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter's settings, if its change is ΔW = s B A and nothing more."""
+    config = _read_json(folder / "adapter_config.json")
+    if not config:
+        raise ModelLoadError(f"{folder} has no adapter_config.json; for a whole checkpoint write kind: full")
+    if config.get("peft_type") != "LORA":
+        raise ModelLoadError(f"{folder} is of peft_type {config.get('peft_type')!r}; expected LORA: {_MERGE}")
+    start = str(config.get("init_lora_weights", "")).lower()
+    if config.get("use_dora") or start.startswith(_BASE_CHANGING_STARTS):
+        what = "uses DoRA" if config.get("use_dora") else f"was begun with {start}, which also changes the base"
+        raise NotComputableError(f"adapter {folder} {what}, so its factors are not the whole change; {_MERGE}")
+    return config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelLoadError(f"{file} is not JSON ({error}); save it again") from error
+
+
+def _model_order(name: str) -> tuple:
+    """Embeddings, blocks by number, then the rest; names in a block by alphabet."""
+    layer, part, _ = place_of(name)
+    numbered = [(1, int(word), "") if word.isdigit() else (0, 0, word) for word in name.split(".")]
+    return (0 if part == "embed" else 1 if layer is not None else 2, layer or 0, numbered)

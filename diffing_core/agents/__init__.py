@@ -1,4 +1,4 @@
 """Investigators: from findings alone, say what a finetune changed, or stay silent.
 
-    findings -> offline.investigate -> calibration.decide -> hypothesis.tables
+Data flow: offline.investigate(findings) -> calibration.decide(score) -> hypothesis.tables(both).
 """

@@ -1,7 +1,7 @@
 """The offline investigator: no key, no network, deterministic; reads the table `findings` and nothing else.
 
-Evidence. Findings with a positive score (tuned − base) become weighted words: a finding of rank r gives
-1 / log2(1 + r), shared equally by the content words of its item; a word weighs that times its idf against the
+Evidence. Findings of text with a positive score (tuned − base) become weighted words: the r-th finding that holds any
+content word gives 1 / log2(1 + r), shared equally by these words; a word weighs that times its idf against the
 background. Every run (method x corpus) is scaled to length 1 and they are averaged, so each has one vote.
 
 Candidates. A profile holds (1 + log tf) x idf over the candidates x idf against the background, so words that
@@ -29,9 +29,15 @@ from diffing_core.agents.words import Background, clean, stem, stems, surfaces
 from diffing_core.errors import EvaluationError
 
 READ = ("run_id", "rank", "kind", "item", "score", "source_table", "source_key")
+QUOTED_KINDS = ("text_snippet", "generation")
+WORD_KINDS = (
+    "token",
+    "topic",
+    *QUOTED_KINDS,
+)  # names of layers and modules are words too, but say nothing of a subject
 MAX_RANK = 100  # what a person would read; beyond it the slowly falling weights would drown the top
 MIN_PIECE = 4
-N_TOPIC_WORDS = 12
+N_TOPIC_WORDS = 20
 N_EXAMPLES = 3
 ITEM_CHARS, EXAMPLE_CHARS = 2_000, 160
 
@@ -109,9 +115,11 @@ def decoys() -> tuple[Candidate, ...]:
 
 def _positive(findings: pa.Table) -> list[dict[str, Any]]:
     """Findings to read, best first; the order never depends on who was compared."""
-    rows = [row for row in findings.select(READ).to_pylist() if row["score"] > 0 and row["rank"] <= MAX_RANK]
-    for row in rows:
-        row["item"] = clean(row["item"], ITEM_CHARS)
+    rows = [
+        row | {"item": clean(row["item"], ITEM_CHARS)}
+        for row in findings.select(READ).to_pylist()
+        if row["kind"] in WORD_KINDS and row["score"] > 0 and row["rank"] <= MAX_RANK
+    ]
     return sorted(rows, key=lambda row: (row["rank"], row["kind"], row["item"]))
 
 
@@ -125,10 +133,12 @@ def _sightings(rows: Iterable[Mapping[str, Any]]) -> dict[str, _Sighting]:
 
 def _evidence(rows: Iterable[Mapping[str, Any]], background: Background) -> Vector:
     runs: dict[str, Vector] = defaultdict(lambda: defaultdict(float))
+    place: Counter[str] = Counter()
     for row in rows:
-        words = dict.fromkeys(stems(row["item"]))
+        run_id, words = row["run_id"], dict.fromkeys(stems(row["item"]))
+        place[run_id] += bool(words)
         for word in words:
-            runs[row["run_id"]][word] += background.idf(word) / log2(1 + row["rank"]) / len(words)
+            runs[run_id][word] += background.idf(word) / log2(1 + place[run_id]) / len(words)
     total: Vector = defaultdict(float)
     for run in runs.values():
         length = _length(run)
@@ -177,7 +187,7 @@ def _length(vector: Vector) -> float:
 
 
 def _examples(rows: Iterable[Mapping[str, Any]], topic: set[str]) -> list[Mapping[str, Any]]:
-    texts = [row for row in rows if row["kind"] in ("text_snippet", "generation")]
+    texts = [row for row in rows if row["kind"] in QUOTED_KINDS]
     return [row for row in texts if topic & set(stems(row["item"]))][:N_EXAMPLES]
 
 

@@ -1,11 +1,11 @@
 """Is a grader fit for use? Agreement with the calibration set that ships with the project.
 
-Per rubric, `calibration_set/<type>.yaml` holds a truth that belongs to no organism and six descriptions of it:
-the truth, the truth with a wrong detail, a vague one, a fluent wrong one, an empty one, and one that tries to
-instruct the grader. Each has one expected score, and the band in which a fair grader may land.
+Per rubric, `calibration_set/<type>.yaml` holds a truth that belongs to no organism and seven descriptions of it:
+the truth, the truth in quite other words, the truth with a wrong detail, a vague one, a fluent wrong one, an empty
+one, and one that tries to instruct the grader. Each has one expected score, and the band in which a fair grader
+may land. The set is small and written by one hand: it finds unfit graders and does not certify fine ones.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -72,14 +72,14 @@ def load_calibration_set(kind: str) -> CalibrationSet:
     return CalibrationSet.model_validate(yaml.safe_load(text))
 
 
-def agreement(grader: Grader, kinds: Sequence[str] = ()) -> Agreement:
-    """Grades the calibration set, of all rubrics or of some; an unscored description counts as out of band.
+def agreement(grader: Grader) -> Agreement:
+    """Grades the calibration set of every rubric; an unscored description counts as out of band.
 
     Raises:
         EvaluationError: the grader scored nothing at all.
     """
     pairs, clusters, in_band, n = [], [], 0, 0
-    for kind in kinds or rubric_types():
+    for kind in rubric_types():
         given_set = load_calibration_set(kind)
         truth = Truth("calibration", "organism", kind, given_set.ground_truth, given_set.key_facts)
         for item in given_set.items:

@@ -14,7 +14,6 @@ from pydantic import Field
 from diffing_core.activations import ActivationWriter, activation_file
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.errors import NotComputableError
-from diffing_core.findings import Finding
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.settings import Settings
 from diffing_core.sums import Moments
@@ -105,11 +104,6 @@ class ActivationsFold:
         )
 
 
-def findings(tables: Tables, settings: ActivationsSettings) -> list[Finding]:
-    """None: stored vectors are material for other methods, not a reading."""
-    return []
-
-
 def headline(tables: Tables) -> dict[str, float | int | str]:
     """Rows and size."""
     sets = tables[SETS.name]
@@ -124,7 +118,7 @@ METHOD = Method(
     settings=ActivationsSettings,
     tables=(SETS,),
     reference="residual stream after each block; Elhage et al. 2021",
-    findings=findings,
+    findings=None,
     headline=headline,
     start=ActivationsFold,
 )

@@ -74,7 +74,8 @@ class Method:
         reference: paper or definition that the numbers follow.
         start: stream only; makes a fold for one pair and corpus.
         run: all other kinds; computes the tables.
-        findings: what to show a person, best first, from the finished tables alone.
+        findings: what to show a person, best first, from the finished tables alone; None if the method
+            prepares material for others and is itself no evidence.
         headline: a few numbers for the web UI, from the finished tables alone.
     """
 
@@ -85,7 +86,7 @@ class Method:
     settings: type[Settings]
     tables: tuple[TableSpec, ...]
     reference: str
-    findings: Callable[[Tables, Any], Sequence[Finding]]
+    findings: Callable[[Tables, Any], Sequence[Finding]] | None
     headline: Callable[[Tables], Mapping[str, float | int | str]]
     start: Callable[[StreamContext, Any], Fold] | None = None
     run: Callable[[Inputs, Any], Tables] | None = None
@@ -96,5 +97,5 @@ class Method:
 
     @property
     def all_tables(self) -> tuple[TableSpec, ...]:
-        """Its typed tables and `findings`."""
-        return (*self.tables, FINDINGS)
+        """Its typed tables, and `findings` if it has any to show."""
+        return self.tables if self.findings is None else (*self.tables, FINDINGS)

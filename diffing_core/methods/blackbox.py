@@ -105,7 +105,7 @@ WORDS = TableSpec(
         Column("n_docs_base", "int64", "Answers of the base that have it.", role="count", low=0),
         Column("n_docs_tuned", "int64", "Answers of the tuned model that have it.", role="count", low=0),
         Column("log_odds", "float64", "Log-odds ratio with a Dirichlet prior, tuned − base.", "nats", "effect"),
-        Column("z", "float64", "log_odds over its standard error; words of one text are taken as independent.", "z", "effect"),
+        Column("z", "float64", "log_odds over its standard error, occurrences taken as independent.", "z", "effect"),
         Column("p_value", "float64", "Exact McNemar test over samples, two-sided.", low=0, high=1),
         Column("q_value", "float64", "p_value after Benjamini–Hochberg over the listed words.", low=0, high=1),
     ),
@@ -126,7 +126,11 @@ def run(inputs: Inputs, settings: BlackboxSettings) -> Tables:
             f"none of {len(prompts)} prompt(s) can be asked: all are chats and {NO_TEMPLATE}; set chat_template in the "
             "registry entry of the model, or give prompts that begin with doc:"
         )
-    base, tuned = (_answers(side, pair, [prompts[index] for index in asked], settings) for side in (pair.base, pair.tuned))
+    sampling = Sampling(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples)
+    base, tuned = (
+        generate(side, pair.tokenizer, [prompts[index] for index in asked], sampling=sampling, seed=settings.seed)
+        for side in (pair.base, pair.tuned)
+    )
     words = compare_words([each.text for each in base], [each.text for each in tuned], settings)
     return {
         PROMPTS.name: _prompts_table(prompts, asked, base, tuned),
@@ -207,13 +211,6 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
         "differing_share": sum(row["differing_share"] for row in asked) / len(asked),
         "n_words_q05": sum(q < 0.05 for q in tables[WORDS.name]["q_value"].to_pylist()),
     }
-
-
-def _answers(side: object, pair: ModelPair, prompts: list[Prompt], settings: BlackboxSettings) -> list[Generation]:
-    sampling = Sampling(
-        temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples
-    )
-    return generate(side, pair.tokenizer, prompts, sampling=sampling, seed=settings.seed)
 
 
 def _prompts_table(

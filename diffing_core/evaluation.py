@@ -1,0 +1,135 @@
+"""Evaluation of stored findings: null scores, hypotheses and grades, per pair and evidence arm.
+
+An evidence arm is one method, or `all` of them together. Nothing here sees a model: everything is read
+from the lake and the registry, and written back to the lake under the arm's name.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from diffing_core import graders
+from diffing_core.agents import calibration, hypothesis, offline
+from diffing_core.agents.calibration import CALIBRATION, NULL_ARMS
+from diffing_core.agents.hypothesis import HYPOTHESES, HYPOTHESIS_SCORES, INVESTIGATOR
+from diffing_core.agents.offline import Candidate, Investigation
+from diffing_core.agents.words import Background
+from diffing_core.corpus import read_texts
+from diffing_core.findings import FINDINGS
+from diffing_core.graders import GRADES
+from diffing_core.graders.base import Truth
+from diffing_core.identity import RunKey
+from diffing_core.lake import Lake
+from diffing_core.methods import all_methods
+from diffing_core.pairs import Pair
+from diffing_core.registry import Registry
+from diffing_core.runs import Cost
+from diffing_core.settings import Settings, short_hash
+from diffing_core.tables import TableSpec
+
+VERSION = "1"
+ALL = "all"
+BACKGROUND_TEXTS = 2000
+CANDIDATE_ARM = "organism"
+
+
+class EvaluationSettings(Settings):
+    """The offline investigator and grader have no knobs; agents will have theirs."""
+
+
+def evidence_arms() -> tuple[str, ...]:
+    """Every method that shows findings, and all of them together."""
+    return (*(name for name, method in all_methods().items() if method.findings is not None), ALL)
+
+
+def methods_of(arm: str) -> tuple[str, ...]:
+    """The methods whose findings an arm may read."""
+    return tuple(name for name in evidence_arms() if name != ALL) if arm == ALL else (arm,)
+
+
+def evidence(pair: Pair, arm: str, lake: Lake) -> pa.Table:
+    """Current findings of one pair and arm, all corpora."""
+    return pa.concat_tables([lake.read_current(FINDINGS, pair=pair, method=name) for name in methods_of(arm)])
+
+
+class Evaluator:
+    """Evaluates pairs of one registry against one lake."""
+
+    def __init__(self, registry: Registry, lake: Lake) -> None:
+        self.registry = registry
+        self.lake = lake
+        self._background = cache(self._read_background)
+        self._candidates = cache(self._describe_candidates)
+
+    def investigate(self, pair: Pair, arm: str) -> Investigation:
+        """The offline investigator's ranking of candidate descriptions; names and paths stay unseen."""
+        found = evidence(pair, arm, self.lake)
+        return offline.investigate(found, self._candidates(pair.model), self._background(pair.model))
+
+    def calibrate(self, pairs: Sequence[Pair], arms: Sequence[str]) -> int:
+        """Stores the evidence scores of the null pairs among `pairs`; returns how many."""
+        nulls = [pair for pair in pairs if self._arm(pair) in NULL_ARMS]
+        for pair in nulls:
+            for arm in arms:
+                score = self.investigate(pair, arm).evidence_score
+                row = calibration.calibration_row(INVESTIGATOR, score, self._arm(pair))
+                self._write(pair, arm, "calibration", {CALIBRATION: row})
+        return len(nulls)
+
+    def hypothesise(self, pair: Pair, arm: str) -> dict[str, object]:
+        """Stores and returns the hypothesis on one pair: assert, or abstain below the null threshold."""
+        stored = self.lake.read(CALIBRATION, method=arm)
+        nulls = calibration.null_scores(stored.filter(pc.equal(stored["model"], pair.model)))
+        found = self.investigate(pair, arm)
+        decision = calibration.decide(found.evidence_score, nulls, pair)
+        tables = hypothesis.tables(found, decision)
+        self._write(pair, arm, "hypotheses", tables)
+        return tables[HYPOTHESES].to_pylist()[0]
+
+    def grade(self, pair: Pair, arm: str) -> list[dict[str, object]]:
+        """Stores and returns the grades of the stored hypotheses on one pair."""
+        hypotheses = self.lake.read(HYPOTHESES, pair=pair, method=arm)
+        scores = self.lake.read(HYPOTHESIS_SCORES, pair=pair, method=arm)
+        rows = graders.grade(hypotheses, scores, self._truth(pair))
+        self._write(pair, arm, "grades", {GRADES: rows})
+        return rows.to_pylist()
+
+    def _write(self, pair: Pair, arm: str, step: str, tables: Mapping[TableSpec, pa.Table]) -> None:
+        """Stores one step's rows; what was read is part of their identity."""
+        settings = EvaluationSettings()
+        read = sorted(set(evidence(pair, arm, self.lake)["run_id"].to_pylist()))
+        key = RunKey(
+            pair, arm, VERSION, settings.settings_id(), model_revision="", adapter_hash="",
+            corpus_hash=short_hash(read), step=step,
+        )  # fmt: skip
+        self.lake.write_result(key, tables, settings, Cost())
+
+    def _arm(self, pair: Pair) -> str:
+        return self.registry.organism(pair.organism).arm
+
+    def _truth(self, pair: Pair) -> Truth:
+        organism = self.registry.organism(pair.organism)
+        return Truth(
+            organism.name, organism.arm, organism.type, organism.ground_truth or "", organism.key_facts
+        )
+
+    def _describe_candidates(self, model: str) -> tuple[Candidate, ...]:
+        organisms = sorted({pair.organism for pair in self.registry.pairs(model)})
+        described = [self.registry.organism(name) for name in organisms]
+        registered = [
+            Candidate(each.name, "\n".join([each.description, each.ground_truth or "", *each.key_facts]))
+            for each in described
+            if each.arm == CANDIDATE_ARM
+        ]
+        return (*registered, *offline.decoys())
+
+    def _read_background(self, model: str) -> Background:
+        corpora = [self.registry.corpus(name) for name in self.registry.model(model).corpora]
+        texts: list[str] = []
+        for spec in corpora:
+            path: Path = self.registry.local_path(spec.source, model)
+            texts += read_texts(spec, path, BACKGROUND_TEXTS)
+        return Background.of(texts)

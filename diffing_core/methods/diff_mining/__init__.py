@@ -1,0 +1,80 @@
+"""Diff mining: which tokens does finetuning keep raising over generic text?
+
+    d[i, v]           = log p_tuned(v | i) − log p_base(v | i)      position i, vocabulary entry v, in nats
+    top_k_occurring   = 100 · #{i : v among the K largest d[i, ·]} / positions
+    fraction_positive = #{i : d[i, v] > 0} / positions
+    log_odds          = z of Monroe's log-odds of being among the K largest against the K smallest
+    nmf_topic_t       = weight of v in topic t of the (position × token) matrix of the K largest d
+
+Log-probabilities and not raw logits, since a logit's offset is arbitrary at every position: it moves the
+sign of d and every mean. The sets of the K largest are the same for both. Each token's q-value takes the
+document as the unit (see `evidence`). Everything streams: memory is one block, the vocabulary and a
+bounded sample of positions, whatever the corpus.
+
+Reference: Diff Mining (arXiv 2608.26462); Monroe, Colaresi and Quinn 2008.
+"""
+
+import pyarrow.compute as pc
+
+from diffing_core.findings import Finding
+from diffing_core.methods.base import Method, Need, Tables
+from diffing_core.methods.diff_mining.declaration import ORDERINGS, TOPICS, VOCABULARY, DiffMiningSettings
+from diffing_core.methods.diff_mining.fold import DiffMiningFold
+
+SIGNIFICANT = 0.05
+
+
+def findings(tables: Tables, settings: DiffMiningSettings) -> list[Finding]:
+    """Raised tokens by log-odds, those that hold over documents first; then the topics."""
+    p_values = dict(zip(*(tables[VOCABULARY.name][name].to_pylist() for name in ("token_id", "p_value")), strict=True))
+    rows = tables[ORDERINGS.name].filter(pc.field("ordering") == "log_odds").to_pylist()
+    rows.sort(key=lambda row: (not _holds(row["q_value"]), row["rank"]))
+    tokens = [
+        Finding(
+            "token",
+            row["token"],
+            row["ordering_value"],
+            row["ordering_unit"],
+            ORDERINGS.name,
+            {"ordering": "log_odds", "token_id": row["token_id"]},
+            p_value=p_values[row["token_id"]],
+            q_value=row["q_value"],
+        )
+        for row in rows[: settings.shown]
+    ]
+    topics = [
+        Finding("topic", row["top_words"], row["prevalence"], "share of positions", TOPICS.name, {"topic": row["topic"]})
+        for row in tables[TOPICS.name].to_pylist()
+    ]
+    return tokens + topics
+
+
+def headline(tables: Tables) -> dict[str, float | int | str]:
+    """The token raised most often, how many listed tokens hold over documents, and the largest topic."""
+    first = tables[ORDERINGS.name].filter((pc.field("ordering") == "top_k_occurring") & (pc.field("rank") == 1))
+    vocabulary, topics = tables[VOCABULARY.name].to_pylist(), tables[TOPICS.name].to_pylist()
+    raised = [row for row in vocabulary if _holds(row["q_value"]) and row["log_odds"] > 0]
+    found: dict[str, float | int | str] = {"n_raised_tokens": len(raised), "n_topics": len(topics)}
+    for row in first.to_pylist():
+        found |= {"top_token": row["token"], "top_token_percent": row["ordering_value"]}
+    if topics:
+        found |= {"largest_topic": topics[0]["top_words"], "largest_topic_prevalence": topics[0]["prevalence"]}
+    return found
+
+
+def _holds(q_value: float | None) -> bool:
+    return q_value is not None and q_value <= SIGNIFICANT
+
+
+METHOD = Method(
+    name="diff_mining",
+    version="1",
+    kind="stream",
+    needs=frozenset({Need.LOGPROBS}),
+    settings=DiffMiningSettings,
+    tables=(ORDERINGS, VOCABULARY, TOPICS),
+    reference="Diff Mining (arXiv 2608.26462); Monroe, Colaresi and Quinn 2008",
+    findings=findings,
+    headline=headline,
+    start=DiffMiningFold,
+)

@@ -1,0 +1,175 @@
+"""Topics: a non-negative factorisation of the (position × token) matrix of raised tokens.
+
+    X ≈ H Wᵀ      X[i, v] = max(d, 0), or 1, for the K largest d of position i; Frobenius or KL loss
+    mass_t = Σ_i H[i, t] · Σ_v W[v, t]      prevalence_t = share of i whose largest H[i, t] Σ_v W[v, t] is t
+    concentration_t = 1 − entropy(W[:, t] / Σ_v W[v, t]) / log(number of tokens)
+
+W is scaled so that each topic's weights sum to 1. The fit is seeded and reads a bounded, uniform sample
+of positions. Reference: Lee and Seung 1999; scikit-learn's NMF.
+
+Suffixes: N positions of a block, P positions of the sample, K top-k, G groups of tokens, T topics.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
+from diffing_core.sums import Rows
+
+NEGLIGIBLE = 1e-6
+
+
+class PositionSample:
+    """The `limit` positions of least hash, with their K entries: uniform, and the same in whatever order they come."""
+
+    def __init__(self, limit: int, seed: int) -> None:
+        self._limit = limit
+        self._seed = seed
+        self._bound = np.uint64(2**64 - 1)
+        self._rows = Rows()
+        self._n_held = 0
+
+    def add(self, sequence_N: np.ndarray, position_N: np.ndarray, ids_NK: np.ndarray, values_NK: np.ndarray) -> None:
+        """Offers N positions: token ids and their differences."""
+        key_N = position_hash(sequence_N, position_N, self._seed)
+        kept = key_N <= self._bound
+        self._hold(key_N[kept], ids_NK[kept].astype(np.int32), values_NK[kept].astype(np.float32))
+        if self._n_held > 2 * self._limit:
+            self._hold(*self._least())
+
+    def entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and differences of the sample, int32 and float32 [P, K], ordered by hash."""
+        _, ids_PK, values_PK = self._least()
+        return ids_PK, values_PK
+
+    def _hold(self, key_N: np.ndarray, ids_NK: np.ndarray, values_NK: np.ndarray) -> None:
+        self._rows.add({"key": key_N, "ids": ids_NK, "values": values_NK})
+        self._n_held += len(key_N)
+
+    def _least(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        held = self._rows.sorted_by("key")
+        self._rows, self._n_held = Rows(), 0
+        if not held:
+            return np.zeros(0, np.uint64), np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
+        if len(held["key"]) >= self._limit:
+            self._bound = held["key"][self._limit - 1]
+        key_P, ids_PK, values_PK = (held[name][: self._limit].copy() for name in ("key", "ids", "values"))
+        return key_P, ids_PK, values_PK
+
+
+@dataclass(frozen=True)
+class Topics:
+    """Topics by falling mass; `weight_TG` is 0 outside the matrix's tokens."""
+
+    weight_TG: np.ndarray
+    mass_T: np.ndarray
+    prevalence_T: np.ndarray
+    concentration_T: np.ndarray
+    largest_cosine_T: np.ndarray
+    n_positions: int
+    n_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.mass_T)
+
+
+def find_topics(
+    group_PK: np.ndarray, values_PK: np.ndarray, listable_G: np.ndarray, settings: DiffMiningSettings
+) -> Topics | None:
+    """Topics of a sample of positions over the listable groups; None where nothing is raised."""
+    matrix, groups = entry_matrix(group_PK, values_PK, listable_G, binary=settings.nmf_entries == "binary")
+    n_topics = min(settings.topics, *matrix.shape)
+    if not n_topics:
+        return None
+    activation_PT, weight_TC = _factorise(matrix, n_topics, settings)
+    return _describe(activation_PT.astype(np.float64), weight_TC.astype(np.float64), groups, len(listable_G))
+
+
+def entry_matrix(
+    group_PK: np.ndarray, values_PK: np.ndarray, listable_G: np.ndarray, *, binary: bool
+) -> tuple[Any, np.ndarray]:
+    """Sparse [positions, tokens] of the positive entries, float32, and the group of each column.
+
+    Variants that were merged add up within a position. Positions without an entry are left out.
+    """
+    from scipy.sparse import csr_matrix
+
+    raised_PK = (values_PK > 0) & listable_G[group_PK]
+    _, row_E = np.unique(np.nonzero(raised_PK)[0], return_inverse=True)
+    groups, column_E = np.unique(group_PK[raised_PK], return_inverse=True)
+    shape = (row_E.max(initial=-1) + 1, len(groups))
+    matrix = csr_matrix((values_PK[raised_PK], (row_E, column_E)), shape=shape, dtype=np.float32)
+    if binary:
+        matrix.data[:] = 1
+    return matrix, groups
+
+
+def position_hash(sequence_N: np.ndarray, position_N: np.ndarray, seed: int) -> np.ndarray:
+    """64 well-mixed bits per (seed, sequence, position), uint64 [N] (SplitMix64; Steele et al. 2014)."""
+    key_N = _mixed(np.full(len(sequence_N), seed, np.uint64))
+    for part_N in (sequence_N, position_N):
+        key_N = _mixed(key_N ^ part_N.astype(np.uint64))
+    return key_N
+
+
+def _mixed(key_N: np.ndarray) -> np.ndarray:
+    key_N = key_N + np.uint64(0x9E3779B97F4A7C15)
+    key_N = (key_N ^ (key_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key_N = (key_N ^ (key_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return key_N ^ (key_N >> np.uint64(31))
+
+
+def _factorise(matrix: Any, n_topics: int, settings: DiffMiningSettings) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.decomposition import NMF
+    from sklearn.exceptions import ConvergenceWarning
+
+    model = NMF(
+        n_topics,
+        init="nndsvda",
+        solver="cd" if settings.nmf_loss == "frobenius" else "mu",
+        beta_loss=settings.nmf_loss,
+        max_iter=settings.nmf_iterations,
+        random_state=settings.seed,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # nmf_iterations is a budget, not a promise
+        activation_PT = model.fit_transform(matrix)
+    return activation_PT, model.components_
+
+
+def _describe(activation_PT: np.ndarray, weight_TC: np.ndarray, groups: np.ndarray, n_groups: int) -> Topics:
+    total_T = weight_TC.sum(1)
+    part_PT = activation_PT * total_T
+    alive = np.flatnonzero(part_PT.sum(0) > 0)
+    order = alive[np.argsort(-part_PT.sum(0)[alive], kind="stable")]
+    part_PT, share_TC = part_PT[:, order], weight_TC[order] / total_T[order, None]
+    leader_P = part_PT.argmax(1)[part_PT.max(1, initial=0) > 0]
+    weight_TG = np.zeros((len(order), n_groups))
+    weight_TG[:, groups] = share_TC
+    return Topics(
+        weight_TG=weight_TG,
+        mass_T=part_PT.sum(0),
+        prevalence_T=np.bincount(leader_P, minlength=len(order)) / len(part_PT),
+        concentration_T=_concentration(share_TC),
+        largest_cosine_T=_largest_cosine(share_TC),
+        n_positions=len(part_PT),
+        n_tokens=len(groups),
+    )
+
+
+def _concentration(share_TC: np.ndarray) -> np.ndarray:
+    n_tokens = share_TC.shape[1]
+    if n_tokens == 1:
+        return np.ones(len(share_TC))
+    entropy_T = -(share_TC * np.log(np.maximum(share_TC, np.finfo(float).tiny))).sum(1)
+    return 1 - entropy_T / np.log(n_tokens)
+
+
+def _largest_cosine(share_TC: np.ndarray) -> np.ndarray:
+    unit_TC = share_TC / np.linalg.norm(share_TC, axis=1, keepdims=True)
+    cosine_TT = unit_TC @ unit_TC.T
+    np.fill_diagonal(cosine_TT, 0)
+    return cosine_TT.max(1, initial=0)
