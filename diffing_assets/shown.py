@@ -1,0 +1,86 @@
+"""What a person sees on a materialization: schema, headline numbers, a small table, a plot, cost."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from diffing_core.comparison import Outcome
+from diffing_core.tables import TableSpec
+
+SHOWN_ROWS = 15
+TEXT_LIMIT = 160
+
+
+def column_schema(specs: Sequence[TableSpec]) -> dg.TableSchema:
+    """Columns of the tables an asset writes, with meanings and units; names carry their table."""
+    return dg.TableSchema(
+        [
+            dg.TableColumn(f"{spec.name}.{column.name}", column.dtype, column.description)
+            for spec in specs
+            for column in spec.columns
+        ]
+    )
+
+
+def outcome_metadata(outcome: Outcome) -> dict[str, Any]:
+    """Metadata of one method on one pair."""
+    numbers: dict[str, Any] = {}
+    for key, result in outcome.results:
+        prefix = f"{key.corpus}: " if len(outcome.results) > 1 else ""
+        numbers |= {f"{prefix}{name}": value for name, value in result.method.headline(result.tables).items()}
+    costs = [result.cost for _, result in outcome.results]
+    return numbers | {
+        "dagster/row_count": outcome.n_rows,
+        "compute_s": sum(cost.compute_s for cost in costs),
+        "forwards_shared_s": sum(cost.shared_s for cost in costs),
+        "probe_tokens": sum(cost.n_tokens for cost in costs),
+        "run_ids": ", ".join(key.run_id for key, _ in outcome.results),
+        **_findings(outcome),
+    }
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
+    """A small table of scalars; text of models under test is cut and made printable."""
+    return dg.TableMetadataValue(
+        records=[dg.TableRecord({name: _cell(value) for name, value in row.items()}) for row in rows],
+        schema=dg.TableSchema([dg.TableColumn(name, "string") for name in (rows[0] if rows else {})]),
+    )
+
+
+def _findings(outcome: Outcome) -> dict[str, Any]:
+    if outcome.method.findings is None or not outcome.results:
+        return {}
+    key, result = outcome.results[0]
+    found = list(outcome.method.findings(result.tables, result.settings))[:SHOWN_ROWS]
+    rows = [
+        {"rank": rank, "kind": each.kind, "item": each.item, "score": each.score, "unit": each.score_unit}
+        for rank, each in enumerate(found, start=1)
+    ]
+    if not rows:
+        return {"findings": dg.MetadataValue.text(f"nothing found on {key.corpus or 'this pair'}")}
+    return {"findings": rows_table(rows), "plot": bar_plot([row["item"] for row in rows], [row["score"] for row in rows])}
+
+
+def bar_plot(labels: Sequence[str], values: Sequence[float]) -> dg.MarkdownMetadataValue:
+    """A horizontal bar chart as a small picture inside Markdown."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 0.25 * len(labels) + 0.6), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(labels)), values, color="#4269d0")
+    axes.set_yticks(range(len(labels)), [_cell(label)[:24].replace("$", r"\$") for label in labels], fontsize=7)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.invert_yaxis()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=80)
+    return dg.MetadataValue.md(f"![findings](data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()})")
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return "".join(character if character.isprintable() else "·" for character in value)[:TEXT_LIMIT]
+
