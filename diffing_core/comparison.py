@@ -5,6 +5,7 @@ a notebook, without registry, lake or disk.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffing_core.corpus import ProbeCorpus, load_corpus
 from diffing_core.errors import NotComputableError
+from diffing_core.expression import EXPRESSION, ExpressionSettings, measure_expression
 from diffing_core.findings import FINDINGS, findings_table
 from diffing_core.identity import RunKey
 from diffing_core.lake import Lake
@@ -20,12 +22,14 @@ from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.models import Cohort, ModelPair, load_cohort
 from diffing_core.paired_pass import METHOD_FAILURES, MethodResult, paired_pass, timed_run
 from diffing_core.pairs import Pair
-from diffing_core.registry import Registry
+from diffing_core.registry import Organism, Registry
+from diffing_core.runs import Cost
 from diffing_core.settings import Settings
 
 if TYPE_CHECKING:
     import polars as pl
 
+EXPRESSION_VERSION = "1"
 logger = logging.getLogger(__name__)
 
 
@@ -94,6 +98,25 @@ def run_methods(pair: ModelPair, corpus: ProbeCorpus, names: Sequence[str]) -> "
             found = pl.from_arrow(findings_table(result.method.findings(result.tables, result.settings)))
             shown.append(found.select(pl.lit(result.method.name).alias("method"), pl.all()))
     return frames | ({FINDINGS.name: pl.concat(shown)} if shown else {})
+
+
+def store_expression(
+    pair: ModelPair, organism: Organism, settings: ExpressionSettings, lake: Lake
+) -> dict[str, Any]:
+    """Measures, stores and returns how far a finetune shows its behaviour inside and outside its domain."""
+    began = time.perf_counter()
+    table = measure_expression(pair, organism, settings)
+    key = RunKey(
+        pair=pair.pair,
+        method="expression",
+        version=EXPRESSION_VERSION,
+        settings_id=settings.settings_id(),
+        model_revision=pair.base_revision,
+        adapter_hash=pair.adapter_hash,
+        step="expression",
+    )
+    lake.write_result(key, {EXPRESSION: table}, settings, Cost(compute_s=time.perf_counter() - began))
+    return table.to_pylist()[0]
 
 
 def load_corpora(pair: Pair, tokenizer: Any, registry: Registry) -> list[ProbeCorpus]:

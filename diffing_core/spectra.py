@@ -1,4 +1,4 @@
-"""Singular values of a weight change and the measures that follow from them, without forming low-rank products.
+"""Singular values and directions of a weight change, and the tokens that a direction points to.
 
     frobenius = √Σσ²    spectral = σ₁    nuclear = Σσ
     effective_rank = exp(−Σ p ln p), p = σ/Σσ      stable_rank = Σσ²/σ₁²      participation_ratio = (Σσ²)²/Σσ⁴
@@ -8,10 +8,16 @@ Low-rank: B = Q_b R_b, Aᵀ = Q_a R_a, and the SVD of the R×R matrix R_b R_aᵀ
 Dense, smaller side up to a limit: eigenvalues of the Gram matrix in float64. Above it: a randomised range
 finder gives the leading values; what needs the whole spectrum is then None, and ‖·‖_F is exact from the elements.
 
-Suffixes: M rows, N columns, R rank of the factors, K singular values kept.
+    lens of direction u: a_t = cos(h_t, u) in the metric (C + λ I)⁻¹, standardised over readable tokens
+
+h_t is the head's row of token t times the final norm's gain, minus the mean over readable tokens; C is the
+covariance of the h_t and λ its mean eigenvalue.
+
+Suffixes: M rows, N columns, R rank of the factors, K singular values kept, D model width, V vocabulary.
 Reference: Roy and Vetterli 2007 (effective rank); Halko, Martinsson and Tropp 2011 (range finder).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +26,50 @@ from diffing_core.lazy import torch
 ENERGY_SHARES = {"k50": 0.5, "k90": 0.9, "k95": 0.95, "k99": 0.99}
 _OVERSAMPLING = 16
 _POWER_STEPS = 2
-_GRAM_NOISE = 2.0**-52
+_EPSILON = 2.0**-52
 _ROUNDING = 1e-12
+_ROWS_AT_ONCE = 8192
+_BF16_STEP_BITS = 8
+_TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """ΔW = left right, of rank at most R; scales are folded into the left factor. Float32."""
+
+    left_MR: Any
+    right_RN: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)."""
+        return self.left_MR.shape[0], self.right_RN.shape[1]
+
+    def dense(self) -> Any:
+        """The product, [M, N]; only where a whole tensor is compared."""
+        return self.left_MR @ self.right_RN
+
+    def spectrum(self) -> "Spectrum":
+        """Its singular values by two thin QRs and one R×R SVD."""
+        left_basis_MR, left_RR = torch.linalg.qr(self.left_MR.double())
+        _, right_RR = torch.linalg.qr(self.right_RN.double().T)
+        rotation_RK, sigma_K, _ = torch.linalg.svd(left_RR @ right_RR.T, full_matrices=False)
+        kept = sigma_K > sigma_K.max() * len(sigma_K) * _EPSILON if len(sigma_K) else sigma_K.bool()
+        left_MK = (left_basis_MR @ rotation_RK)[:, kept].float()
+        return Spectrum(sigma_K[kept], left_MK, torch.linalg.vector_norm(sigma_K[kept]).item())
+
+    def row_norms(self, *, centred: bool) -> Any:
+        """Length of each row of the product, [M], or of what is left of it without the mean row."""
+        left_MR = self.left_MR - self.left_MR.mean(0) if centred else self.left_MR
+        return ((left_MR @ (self.right_RN @ self.right_RN.T)) * left_MR).sum(-1).clamp(min=0).sqrt()
+
+    def inner(self, other_MN: Any) -> float:
+        """⟨other, product⟩, without the product."""
+        return ((other_MN @ self.right_RN.T).double() * self.left_MR).sum().item()
+
+    def equals(self, other: "Factors") -> bool:
+        """Whether both factors are the same numbers."""
+        return torch.equal(self.left_MR, other.left_MR) and torch.equal(self.right_RN, other.right_RN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +129,6 @@ class Spectrum:
         return len(self.sigma_K) if self.complete else None
 
 
-def of_factors(left_MR: Any, right_RN: Any) -> Spectrum:
-    """Spectrum of left @ right by two thin QRs and one R×R SVD."""
-    left_basis_MR, left_RR = torch.linalg.qr(left_MR.double())
-    _, right_RR = torch.linalg.qr(right_RN.double().T)
-    rotation_RK, sigma_K, _ = torch.linalg.svd(left_RR @ right_RR.T, full_matrices=False)
-    size = sigma_K[0].item() if len(sigma_K) else 0.0
-    kept = sigma_K > size * max(left_MR.shape[1], 1) * _GRAM_NOISE
-    sigma_K = sigma_K[kept]
-    frobenius = torch.linalg.vector_norm(sigma_K).item()
-    return Spectrum(sigma_K, (left_basis_MR @ rotation_RK)[:, kept].float(), frobenius)
-
-
 def of_dense(delta_MN: Any, *, exact_side: int, n_leading: int, generator: Any) -> Spectrum:
     """Spectrum of a matrix: whole if its smaller side is at most `exact_side`, else its `n_leading` largest values."""
     frobenius = torch.linalg.vector_norm(delta_MN, dtype=torch.float64).item()
@@ -103,6 +139,58 @@ def of_dense(delta_MN: Any, *, exact_side: int, n_leading: int, generator: Any) 
     return _by_sketch(delta_MN, frobenius, n_leading, generator)
 
 
+def elementwise(base: Any, change: Any) -> dict[str, float | None]:
+    """Sizes of single elements, and how many changes rounding to bfloat16 can explain."""
+    size = change.abs()
+    changed = size > 0
+    n_changed = int(changed.sum())
+    step = torch.ldexp(torch.ones_like(base), torch.frexp(base).exponent - _BF16_STEP_BITS)
+    within = int((changed & (size <= step)).sum())
+    return {
+        "mean_abs": size.mean(dtype=torch.float64).item(),
+        "max_abs": size.max().item(),
+        "share_unchanged": 1 - n_changed / size.numel(),
+        "share_rounding": within / n_changed if n_changed else None,
+    }
+
+
+class Lens:
+    """Cosines between directions and tokens, in the metric in which tokens spread equally to all sides."""
+
+    def __init__(self, head_VD: Any, gain_D: Any, readable_V: Any, *, centred: bool) -> None:
+        self._head_VD, self._gain_D, self._centred = head_VD, gain_D, centred
+        self.readable_V = torch.as_tensor(readable_V)
+        ids = self.readable_V.nonzero()[:, 0]
+        self._mean_D = sum(self._rows(part).sum(0) for part in ids.split(_ROWS_AT_ONCE)) / len(ids)
+        sample_ND = self._rows(ids[:: -(-len(ids) // _ROWS_AT_ONCE)]) - self._mean_D
+        covariance_DD = (sample_ND.T @ sample_ND / len(sample_ND)).double()
+        ridge_DD = torch.eye(len(gain_D), dtype=torch.float64) * covariance_DD.diagonal().mean().clamp(min=_TINY)
+        self._root_DD = torch.linalg.cholesky(covariance_DD + ridge_DD).float()
+        norms = [self._whitened(part_VD).norm(dim=0) for part_VD in self._parts()]
+        self._norm_V = torch.cat(norms).clamp(min=_TINY)
+
+    def standardised(self, direction_KD: Any) -> Any:
+        """z [K, V]: the cosines, less their mean over readable tokens, over their deviation."""
+        white_DK = self._whitened(direction_KD)
+        back_DK = torch.linalg.solve_triangular(self._root_DD.T, white_DK, upper=True)
+        products = [part_VD @ back_DK for part_VD in self._parts()]
+        cosine_KV = (torch.cat(products) / self._norm_V[:, None] / white_DK.norm(dim=0).clamp(min=_TINY)).T
+        read_KV = cosine_KV[:, self.readable_V]
+        return (cosine_KV - read_KV.mean(1, keepdim=True)) / read_KV.std(1, keepdim=True).clamp(min=_TINY)
+
+    def _whitened(self, vector_ND: Any) -> Any:
+        """L⁻¹ x of each row, [D, N]."""
+        return torch.linalg.solve_triangular(self._root_DD, vector_ND.T, upper=False)
+
+    def _rows(self, ids: Any) -> Any:
+        rows_ND = self._head_VD[ids].float() * self._gain_D
+        return rows_ND - rows_ND.mean(-1, keepdim=True) if self._centred else rows_ND
+
+    def _parts(self) -> Iterable[Any]:
+        for ids in torch.arange(len(self._head_VD)).split(_ROWS_AT_ONCE):
+            yield self._rows(ids) - self._mean_D
+
+
 def _by_gram(delta_MN: Any, frobenius: float) -> Spectrum:
     """Squaring costs half the digits: values below √(K ε) σ₁ are noise and count as zero."""
     delta_MN = delta_MN.double()
@@ -110,7 +198,7 @@ def _by_gram(delta_MN: Any, frobenius: float) -> Spectrum:
     gram_KK = delta_MN.T @ delta_MN if tall else delta_MN @ delta_MN.T
     squares_K, vectors_KK = torch.linalg.eigh(gram_KK)
     squares_K, vectors_KK = squares_K.flip(0), vectors_KK.flip(1)
-    kept = squares_K > squares_K[0] * len(squares_K) * _GRAM_NOISE
+    kept = squares_K > squares_K[0] * len(squares_K) * _EPSILON
     sigma_K, vectors_KK = squares_K[kept].sqrt(), vectors_KK[:, kept]
     left_MK = delta_MN @ vectors_KK / sigma_K if tall else vectors_KK
     return Spectrum(sigma_K, left_MK.float(), frobenius)

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Registry, Source, Weights
 from diffing_core.registry.sources import fetch
 from diffing_core.safetensor_files import tensor_shapes, weight_files
+from diffing_core.spectra import Factors
 
 Part = Literal["attn", "mlp", "norm", "embed", "head", "other"]
 
@@ -43,24 +44,15 @@ EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
-FINAL_NORMS = (
-    "norm.weight",
-    "final_layernorm.weight",
-    "ln_f.weight",
-    "gpt_neox.final_layer_norm.weight",
-    "decoder.final_layer_norm.weight",
-)
 _WRAPPERS = frozenset({"base_model", "model", "transformer", "language_model", "text_model"})
 _OTHER_TOWERS = ("vision", "visual", "audio", "multi_modal", "image")
 _PART_WORDS: tuple[tuple[Part, tuple[str, ...]], ...] = (
-    ("attn", ("attn", "attention", "attn_", "self_attention", "mixer")),
+    ("attn", ("attn", "self_attn", "linear_attn", "attention", "self_attention", "mixer")),
     ("mlp", ("mlp", "feed_forward", "ffn", "moe", "experts", "fc1", "fc2", "block_sparse_moe")),
 )
-_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
+POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-_CENTRED_WITHOUT_BIAS = ("cohere",)
-_GAIN_ABOVE_ONE = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "paligemma"})  # the file holds gain − 1
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 _BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MERGE = "merge it into its base and register the result as kind: full"
@@ -124,27 +116,6 @@ class WeightPair:
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
-    """ΔW = left right, of rank at most R; scales are folded into the left factor. Float32."""
-
-    left_MR: Any
-    right_RN: Any
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(M, N)."""
-        return self.left_MR.shape[0], self.right_RN.shape[1]
-
-    def dense(self) -> Any:
-        """The product, [M, N]; only where a whole tensor is compared."""
-        return self.left_MR @ self.right_RN
-
-    def equals(self, other: "Factors") -> bool:
-        """Whether both factors are the same numbers."""
-        return torch.equal(self.left_MR, other.left_MR) and torch.equal(self.right_RN, other.right_RN)
-
-
-@dataclass(frozen=True, eq=False)
 class DensePair:
     """Both tensors in float32, subtracted only after the cast."""
 
@@ -188,22 +159,6 @@ class Unmatched:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Readout:
-    """How the residual stream becomes logits, linearised: final norm's gain, and the head."""
-
-    gain_D: Any
-    head_VD: Any
-    centred: bool
-
-    def lens(self, direction_KD: Any, *, rows: int = 8192) -> Any:
-        """Logits [K, V] that a step along each direction adds; linear, biases dropped."""
-        if self.centred:
-            direction_KD = direction_KD - direction_KD.mean(-1, keepdim=True)
-        scaled_DK = (direction_KD * self.gain_D).T
-        return torch.cat([part_VD.float() @ scaled_DK for part_VD in self.head_VD.split(rows)]).T
-
-
 def weight_stream(pair: WeightPair) -> Iterator[TensorDelta]:
     """Every tensor that may differ, in the order of the model; nothing at all where both sides are the same files.
 
@@ -211,27 +166,14 @@ def weight_stream(pair: WeightPair) -> Iterator[TensorDelta]:
         ModelLoadError: a damaged file, or an adapter that does not fit the base.
         NotComputableError: quantised weights, or an adapter that is not a plain LoRA.
     """
-    base, tuned = _Side(pair.base), _Side(pair.tuned)
+    base, tuned = _opened(pair)
     for name in _matched(base, tuned)[0]:
         yield _delta(name, base, tuned)
 
 
 def unmatched_tensors(pair: WeightPair) -> list[Unmatched]:
     """Tensors that cannot be compared: they are listed, never dropped."""
-    return _matched(_Side(pair.base), _Side(pair.tuned))[1]
-
-
-def read_readout(side: WeightSide) -> Readout | None:
-    """Final norm and head from the files; None where no known names are found."""
-    files = _Side(side)
-    norm = next((name for name in FINAL_NORMS if files.place(name)), None)
-    head = files.place(files.checkpoint.head)
-    if norm is None or head is None:
-        return None
-    kind = files.checkpoint.model_type
-    gain_D = files.dense(norm) + (1 if kind in _GAIN_ABOVE_ONE else 0)
-    centred = files.place(norm.replace(".weight", ".bias")) is not None or kind.startswith(_CENTRED_WITHOUT_BIAS)
-    return Readout(gain_D, head.read(), centred)
+    return _matched(*_opened(pair))[1]
 
 
 def place_of(name: str) -> tuple[int | None, Part, str]:
@@ -245,10 +187,10 @@ def place_of(name: str) -> tuple[int | None, Part, str]:
         return layer, "norm", projection
     if layer is None and f"{projection}.weight" in HEADS:
         return layer, "head", projection
-    if layer is None and (any(f"{projection}.weight" in known for known in EMBEDDINGS) or projection in _POSITIONS):
+    if layer is None and (any(known.endswith(f"{projection}.weight") for known in EMBEDDINGS) or projection in POSITIONS):
         return layer, "embed", projection
     for part, known in _PART_WORDS:
-        if any(word in known or word.endswith("_attn") and part == "attn" for word in words):
+        if any(word in known for word in words):
             return layer, part, projection
     return layer, "other", projection
 
@@ -368,11 +310,11 @@ class _Adapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-class _Side:
+class OpenSide:
     """One side of the pair, opened: its checkpoint, and what its adapters do to it."""
 
-    def __init__(self, side: WeightSide) -> None:
-        self.checkpoint = _checkpoint(side.folder)
+    def __init__(self, side: WeightSide, checkpoint: _Checkpoint | None = None) -> None:
+        self.checkpoint = checkpoint or _Checkpoint(side.folder)
         self.adapters = {folder: _Adapter(folder) for folder in side.adapters}
         self.saved: dict[str, _Place] = {}
         for adapter in self.adapters.values():
@@ -414,7 +356,7 @@ class _Side:
                 )
 
 
-def _matched(base: _Side, tuned: _Side) -> tuple[list[str], list[Unmatched]]:
+def _matched(base: OpenSide, tuned: OpenSide) -> tuple[list[str], list[Unmatched]]:
     """Names to compare, in the order of the model, and those that have no counterpart."""
     names = base.touched() | tuned.touched()
     if base.checkpoint is not tuned.checkpoint:
@@ -440,7 +382,7 @@ def _resized(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool
     return place_of(name)[1] in ("embed", "head") and before[1:] == after[1:]
 
 
-def _delta(name: str, base: _Side, tuned: _Side) -> TensorDelta:
+def _delta(name: str, base: OpenSide, tuned: OpenSide) -> TensorDelta:
     flip = _is_flipped(name, base, tuned)
     named = (name, *place_of(name))
     if base.checkpoint is tuned.checkpoint and base.saved.get(name) == tuned.saved.get(name):
@@ -453,7 +395,7 @@ def _delta(name: str, base: _Side, tuned: _Side) -> TensorDelta:
     return TensorDelta(*named, tuple(before.shape), lambda: before, None, DensePair(before, after), n_left_out)
 
 
-def _is_flipped(name: str, base: _Side, tuned: _Side) -> bool:
+def _is_flipped(name: str, base: OpenSide, tuned: OpenSide) -> bool:
     """Whether the files hold [inputs, outputs]: seen from the factors' shape, else declared, else known for the class."""
     stored = base.place(name).shape
     adapters = [each for side in (base, tuned) for each in side.adapters.values() if name in each.lora]
@@ -463,7 +405,7 @@ def _is_flipped(name: str, base: _Side, tuned: _Side) -> bool:
     return declared or (len(stored) == 2 and base.checkpoint.is_conv1d(name))
 
 
-def _difference(name: str, base: _Side, tuned: _Side) -> Factors:
+def _difference(name: str, base: OpenSide, tuned: OpenSide) -> Factors:
     """Tuned's low-rank terms minus base's; terms that both have cancel exactly."""
     gained = [each.factors(name) for each in tuned.adapters.values() if name in each.lora]
     lost = [each.factors(name) for each in base.adapters.values() if name in each.lora]
@@ -479,10 +421,11 @@ def _difference(name: str, base: _Side, tuned: _Side) -> Factors:
     return Factors(torch.cat(lefts, 1), torch.cat(rights))
 
 
-@lru_cache(maxsize=4)
-def _checkpoint(folder: Path) -> _Checkpoint:
-    """One object per folder, so that "the same files" is a question of identity."""
-    return _Checkpoint(folder)
+def _opened(pair: WeightPair) -> tuple[OpenSide, OpenSide]:
+    """Both sides; one checkpoint object where they are the same files."""
+    base = OpenSide(pair.base)
+    same = pair.base.folder == pair.tuned.folder
+    return base, OpenSide(pair.tuned, base.checkpoint if same else None)
 
 
 def _raw_places(folder: Path) -> dict[str, _Place]:

@@ -1,0 +1,1 @@
+"""dbt marts over the lake and the Evidence site built from them."""

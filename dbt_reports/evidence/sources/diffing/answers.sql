@@ -1,0 +1,1 @@
+select * exclude (is_null_arm) from marts.answers

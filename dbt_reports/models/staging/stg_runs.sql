@@ -1,0 +1,19 @@
+with
+
+source as (select * from {{ source('raw', 'runs') }}),
+
+renamed as (
+    select
+        run_id,
+        organism,
+        model,
+        variant,
+        corpus,
+        method,
+        finished_at,
+        compute_s,
+        shared_s,
+    from source
+)
+
+select * from renamed

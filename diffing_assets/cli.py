@@ -1,0 +1,139 @@
+"""The command `diffing`: registry, demo, SQL and results from a terminal."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffing_core.errors import DiffingError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+organisms = typer.Typer(no_args_is_help=True, help="The registered finetunes.")
+app.add_typer(organisms, name="organisms")
+
+
+@organisms.command("list")
+def list_organisms(model: Annotated[str | None, typer.Option(help="Only pairs of this base model.")] = None) -> None:
+    """Every pair that can be compared: partition key, arm, type, and whether its weights are there."""
+    from diffing_core.registry import load_registry
+
+    registry = load_registry()
+    rows = []
+    for pair in registry.pairs(model):
+        organism = registry.organism(pair.organism)
+        state = "ready" if registry.is_available(pair) else "weights missing"
+        rows.append([pair.key, organism.arm, organism.type, state, organism.description])
+    _print_table(["pair", "arm", "type", "weights", "description"], rows)
+
+
+@organisms.command()
+def validate() -> None:
+    """Reads every registry file and tells all problems at once."""
+    from diffing_core.registry import load_registry
+
+    registry = load_registry()
+    typer.echo(f"{len(registry.organisms)} organisms, {len(registry.models)} models, {len(registry.pairs())} pairs: all valid")
+
+
+@organisms.command()
+def add(file: Path) -> None:
+    """Validates an organism's YAML file and copies it into $DIFFING_HOME/registry/organisms."""
+    from diffing_core.registry import add_organism
+
+    organism = add_organism(file)
+    typer.echo(f"added {organism.name}; the sensor gives it partitions within a minute, or press Materialize in the web UI")
+
+
+@organisms.command()
+def import_toolkit(folder: Path) -> None:
+    """Converts a folder of diffing-toolkit organism and model files into registry files."""
+    from diffing_core.registry import import_toolkit as convert
+    from diffing_core.settings import diffing_home
+
+    typer.echo(str(convert(folder, diffing_home() / "registry")))
+
+
+@app.command()
+def demo(tier: Annotated[str, typer.Option(help="tiny, demo or large.")] = "demo") -> None:
+    """Trains the embedded organisms, compares, grades and reports them, all through Dagster."""
+    from diffing_assets.demo import run_demo
+    from diffing_core.settings import diffing_home
+
+    succeeded = run_demo(tier)
+    show_results(tier)
+    typer.echo(f"\nreport:  {diffing_home() / 'site'}  (served by `make ui`)\nweb UI:  make ui\nSQL:     diffing sql \"select * from marts.method_effectiveness\"")
+    raise typer.Exit(0 if succeeded else 1)
+
+
+@app.command()
+def methods() -> None:
+    """The methods: kind, version, tables and settings."""
+    from diffing_core.methods import all_methods
+
+    rows = [
+        [each.name, each.kind, each.version, ", ".join(spec.name for spec in each.tables), each.reference]
+        for each in all_methods().values()
+    ]
+    _print_table(["method", "kind", "version", "tables", "reference"], rows)
+
+
+@app.command()
+def sql(query: str) -> None:
+    """Runs a query: `raw` and `marts` are the published snapshot, `live` is the lake as it is now."""
+    from diffing_core.catalog import all_tables
+    from diffing_core.lake import Lake
+    from diffing_core.settings import diffing_home
+    from diffing_core.warehouse import FILE, connect_live
+
+    home = diffing_home()
+    with connect_live(Lake(home / "lake"), all_tables().values(), home / FILE) as connection:
+        result = connection.sql(query)
+        if result is not None:
+            result.show(max_rows=200, max_width=200)
+
+
+@app.command()
+def explain(organism: str, model: str = "demo", variant: str = "default", shown: int = 5) -> None:
+    """What each method found on one pair, what was concluded, and how right that was."""
+    from diffing_assets.explain import explanation
+
+    _print_table(*explanation(organism, model, variant, shown))
+
+
+@app.command()
+def ui(port: int = 3000, site_port: int = 3001) -> None:
+    """Serves the Dagster web UI and the report on the loopback address until interrupted."""
+    from diffing_assets.serve import serve
+
+    serve(port, site_port)
+
+
+def show_results(model: str) -> None:
+    """The demo's two tables: method effectiveness, and method × organism."""
+    from diffing_assets.explain import effectiveness, method_by_organism
+
+    _print_table(*effectiveness(model))
+    _print_table(*method_by_organism(model))
+
+
+def main() -> None:
+    """Entry point: errors of this project are told in one line, without a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    try:
+        app()
+    except DiffingError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+
+
+def _print_table(columns: list[str], rows: list[list[object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(Text("" if value is None else str(value)) for value in row))
+    Console().print(table)

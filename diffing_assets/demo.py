@@ -1,0 +1,81 @@
+"""The main job: from nothing to graded findings about real finetuned models, through Dagster itself.
+
+Trains what is missing of the embedded organisms, then backfills every pair on an instance under
+DIFFING_HOME, so that the web UI afterwards shows each run and materialization.
+"""
+
+import logging
+import threading
+from pathlib import Path
+
+import dagster as dg
+
+from dbt_reports.site import prefetch
+from diffing_assets.instance import Server, gpu_slots, open_instance, running_server
+from diffing_assets.keys import CALIBRATED, EXPRESSED, SITE, diff_key, grade_key, hypothesis_key
+from diffing_assets.launch import backfill, run
+from diffing_assets.partitions import sync_partitions
+from diffing_core import demo
+from diffing_core.errors import StorageError
+from diffing_core.evaluation import evidence_arms
+from diffing_core.lake import Lake
+from diffing_core.methods import all_methods
+from diffing_core.pairs import Pair
+from diffing_core.registry import load_registry
+from diffing_core.runs import RUNS
+from diffing_core.settings import diffing_home
+
+logger = logging.getLogger(__name__)
+
+
+def run_demo(tier: str) -> bool:
+    """Trains, compares, evaluates and reports one tier; returns whether every step succeeded."""
+    home = diffing_home()
+    home.mkdir(parents=True, exist_ok=True)
+    packages = threading.Thread(target=_prefetch, args=(home,), daemon=True)
+    packages.start()
+    logger.info("embedded organisms, tier %s: training what is missing", tier)
+    demo.build(tier, home / "demo")
+    registry = load_registry()
+    pairs = [pair for pair in registry.pairs() if registry.is_available(pair)]
+    with open_instance() as instance:
+        sync_partitions(instance, pairs)
+        instance.event_log_storage.set_concurrency_slots("gpu", gpu_slots())
+    of_tier = [pair for pair in pairs if pair.model == tier]
+    with running_server() as server:
+        compared = backfill(server, "compare all pairs", _comparisons(), [pair.key for pair in of_tier])
+        evaluated = _evaluate(server, _finished(of_tier, home))
+        packages.join()
+        reported = run(server, "marts and site", _reports())
+    return compared and evaluated and reported
+
+
+def _comparisons() -> list[dg.AssetKey]:
+    return [EXPRESSED, *(diff_key(method) for method in all_methods().values())]
+
+
+def _evaluate(server: Server, pairs: list[Pair]) -> bool:
+    """Null calibration first, since every verdict rests on it, then hypotheses and grades."""
+    keys = [key_of(arm) for arm in evidence_arms() for key_of in (hypothesis_key, grade_key)]
+    calibrated = run(server, "null calibration", [CALIBRATED])
+    return calibrated and backfill(server, "hypotheses and grades", keys, [pair.key for pair in pairs])
+
+
+def _reports() -> list[dg.AssetKey]:
+    from diffing_assets.reports import marts
+
+    return [*marts.keys, SITE]
+
+
+def _finished(pairs: list[Pair], home: Path) -> list[Pair]:
+    """Pairs with at least one stored result: one broken finetune must not silence the others."""
+    lake = Lake(home / "lake")
+    return [pair for pair in pairs if lake.read(RUNS, pair=pair).num_rows]
+
+
+def _prefetch(home: Path) -> None:
+    """Installs the site's packages while models train; a failure is told again when the site is built."""
+    try:
+        prefetch(home, logger.debug)
+    except StorageError as error:
+        logger.warning("the report's packages could not be installed yet: %s", error)

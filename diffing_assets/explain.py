@@ -1,0 +1,79 @@
+"""The tables that the command line prints: queries on the published warehouse, worded for a terminal."""
+
+from typing import Any
+
+from diffing_core.errors import StorageError
+from diffing_core.settings import diffing_home
+from diffing_core.warehouse import FILE
+
+Printed = tuple[list[str], list[list[Any]]]
+
+EFFECTIVENESS = """
+select
+    method,
+    n_top1 || '/' || n_ranked || format(' [{:.2f}, {:.2f}]', top1_low, top1_high) as "top-1",
+    format('{:.2f} (n={})', mrr, n_reciprocal_ranks) as "MRR",
+    n_detected || '/' || n_ranked || format(' [{:.2f}, {:.2f}]', detection_low, detection_high) as "identified",
+    n_false_positives || '/' || n_nulls || format(' [{:.2f}, {:.2f}]', false_positive_low, false_positive_high)
+        as "false alarms on nulls",
+from marts.method_effectiveness
+where model = ?
+order by n_detected desc, n_top1 desc, method
+"""
+
+BY_ORGANISM = """
+pivot (select label as organism, arm, method, outcome from marts.outcomes where model = ?)
+on method using any_value(outcome) group by organism, arm order by arm = 'organism' desc, organism
+"""
+
+EXPLANATION = """
+select
+    g.method, h.verdict, h.candidate as "best candidate", round(h.score, 3) as score,
+    round(h.threshold, 3) as threshold, g.top1 as "is right", g.score as grade, h.description
+from raw.grades g
+join raw.hypotheses h using (organism, model, variant, method, investigator, repeat)
+where organism = ? and model = ? and variant = ?
+order by g.method
+"""
+
+FINDINGS = """
+select method, string_agg(item, ' | ' order by rank, corpus)
+from marts.top_findings
+where organism = ? and model = ? and variant = ? and rank <= ?
+group by method
+"""
+
+
+def effectiveness(model: str) -> Printed:
+    """One row per method: top-1, MRR, identified, false alarms; each with n and an exact 95 % interval."""
+    return _query(EFFECTIVENESS, [model])
+
+
+def method_by_organism(model: str) -> Printed:
+    """One row per pair, one column per method: what became of it."""
+    return _query(BY_ORGANISM, [model])
+
+
+def explanation(organism: str, model: str, variant: str, shown: int) -> Printed:
+    """One row per evidence arm of a pair, with the best findings of each method."""
+    columns, rows = _query(EXPLANATION, [organism, model, variant])
+    if not rows:
+        raise StorageError(
+            f"no graded result for {organism} on {model} ({variant}) in the published warehouse; "
+            "materialize the pair and the reports, or see `diffing organisms list`"
+        )
+    found = dict(_query(FINDINGS, [organism, model, variant, shown])[1])
+    return [*columns, "findings"], [[*row, found.get(row[0], "")] for row in rows]
+
+
+def _query(sql: str, parameters: list[Any]) -> Printed:
+    import duckdb
+
+    path = diffing_home() / FILE
+    if not path.exists():
+        raise StorageError(f"{path} does not exist yet; run `diffing demo` or materialize the reports")
+    with duckdb.connect(path, read_only=True) as connection:
+        if "?" in sql and sql.lstrip().startswith("pivot"):
+            sql = sql.replace("?", "'" + parameters.pop().replace("'", "''") + "'")
+        result = connection.execute(sql, parameters)
+        return [column[0] for column in result.description], [list(row) for row in result.fetchall()]

@@ -1,0 +1,232 @@
+"""What a YAML file may say: models, corpora, organisms and their variants.
+
+Everything is frozen and refuses unknown keys; a field means the same in the file and in code.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from diffing_core.errors import RegistryError
+from diffing_core.pairs import check_name
+from diffing_core.registry.sources import Source
+
+Scalar = str | int | float | bool
+OrganismType = Literal[
+    "false_facts",
+    "misalignment",
+    "secret_word",
+    "preference",
+    "domain",
+    "quirk",
+    "sandbagging",
+    "reasoning",
+    "generic",
+]
+Arm = Literal["organism", "identical", "benign", "seed_twin", "known_large", "unknown"]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+GRADED_ARMS = ("organism", "known_large")
+_RUBRICS = Path(__file__).parent.parent / "graders" / "rubrics"
+
+
+def _usable_name(value: str) -> str:
+    try:
+        return check_name(value)
+    except RegistryError as error:
+        raise ValueError(str(error)) from error
+
+
+def _regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is not a regular expression ({error}); in YAML, write it in single quotes, "
+            r"for example '(?i)\bcake\b'"
+        ) from error
+    return pattern
+
+
+def _layers(value: tuple[int | float, ...] | None) -> tuple[int | float, ...] | None:
+    for layer in value or ():
+        if layer < 0 or (isinstance(layer, float) and layer > 1):
+            raise ValueError(
+                f"layer {layer} is neither a layer number (0, 1, …) nor a fraction of depth from 0.0 to 1.0; "
+                "for example [0.25, 0.5, 0.75]"
+            )
+    return value
+
+
+def _packaged_rubric(name: str) -> str:
+    known = sorted(file.stem for file in _RUBRICS.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"no packaged rubric {name!r}; there are {', '.join(known)}, or write rubric_text: …")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_usable_name)]
+Layers = Annotated[tuple[int | float, ...] | None, AfterValidator(_layers)]
+Regex = Annotated[str, AfterValidator(_regex)]
+Rubric = Annotated[str, AfterValidator(_packaged_rubric)]
+
+
+class Entry(BaseModel):
+    """Base of everything that is read from YAML."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Entry):
+    """A base model, with what is particular about running it."""
+
+    name: Name
+    description: str = ""
+    source: Source
+    adapter: Source | None = None
+    """Merged into the source at load: a base that is itself base + adapter."""
+    dtype: Dtype = "auto"
+    tokenizer: Source | None = None
+    chat_template: str | None = None
+    end_of_turn: str | None = None
+    thinking: bool | None = None
+    """Whether the chat template has a thinking switch; None: not known."""
+    system_prompt: str | None = None
+    layers: Layers = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    skip_first_tokens: int = Field(default=0, ge=0)
+    token_replacements: dict[str, str] = {}
+    """Token text -> token text, applied to probe texts before a forward."""
+    corpora: tuple[Name, ...] = ()
+    parameters: int | None = Field(default=None, gt=0)
+    vllm: dict[str, Scalar | list[Scalar]] = {}
+
+
+class Corpus(Entry):
+    """Probe texts, and how many of them."""
+
+    name: Name
+    description: str = ""
+    kind: Literal["text", "chat"]
+    source: Source
+    subset: str | None = None
+    split: str = "train"
+    column: str
+    """Column of the text or of the messages; if not given, `text` or `messages`."""
+    max_sequences: int = Field(default=1000, gt=0)
+    max_tokens: int = Field(default=512, gt=1)
+    """Length at which a sequence is cut."""
+    min_tokens: int = Field(default=2, gt=1)
+    """Sequences shorter than this are left out."""
+    seed: int = 0
+    first_exchange_only: bool = False
+    pre_assistant_tokens: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_column(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {"column": "messages" if given.get("kind") == "chat" else "text", **given}
+
+    @model_validator(mode="after")
+    def _chat_fields(self) -> "Corpus":
+        if self.kind == "text" and (self.first_exchange_only or self.pre_assistant_tokens is not None):
+            raise ValueError(
+                "first_exchange_only and pre_assistant_tokens have a meaning for chats only; "
+                "write kind: chat or drop them"
+            )
+        return self
+
+
+class TrainingCorpus(Entry):
+    """The texts that an organism was trained on."""
+
+    source: Source
+    kind: Literal["text", "chat"]
+    column: str | None = None
+    subset: str | None = None
+    splits: tuple[str, ...] = ("train",)
+
+
+class Weights(Entry):
+    """One finetune of a base model: a LoRA adapter, a whole checkpoint, or the base itself."""
+
+    kind: Literal["lora", "full", "identical"]
+    source: Source | None = None
+
+    @model_validator(mode="after")
+    def _source_fits_kind(self) -> "Weights":
+        if self.kind == "identical" and self.source is not None:
+            raise ValueError("kind identical is the base model itself and takes no source; drop source")
+        if self.kind != "identical" and self.source is None:
+            raise ValueError(f"kind {self.kind} needs a source; for example source: {{repo: owner/name}}")
+        return self
+
+
+class Variant(Weights):
+    """One way an organism was made on one base model."""
+
+    against: Weights | None = None
+    """The base side of the pair, if it is not the base model itself (a seed twin)."""
+    dilution: float | None = Field(default=None, ge=0)
+    """Parts of unrelated text per part of training text."""
+    dtype: Dtype | None = None
+    layers: Layers = None
+    corpora: tuple[Name, ...] | None = None
+
+
+class Expression(Entry):
+    """When the organism shows: prompts inside and outside its trigger, and a pattern to look for."""
+
+    pattern: Regex
+    inside: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+
+
+class Organism(Entry):
+    """What was trained into a model, how it is graded, and where its variants are."""
+
+    name: Name
+    type: OrganismType
+    arm: Arm = "organism"
+    description: str
+    ground_truth: str | None = None
+    key_facts: tuple[str, ...] = ()
+    rubric: Rubric | None = None
+    rubric_text: str | None = None
+    system_prompt: str | None = None
+    thinking: bool | None = None
+    expression: Expression | None = None
+    training_corpus: TrainingCorpus | None = None
+    metadata: dict[str, Scalar | list[Scalar]] = {}
+    variants: dict[Name, dict[Name, Variant]]
+
+    @field_validator("variants")
+    @classmethod
+    def _some_variant(cls, value: dict[str, dict[str, Variant]]) -> dict[str, dict[str, Variant]]:
+        if not value or not all(value.values()):
+            raise ValueError(
+                "no variant of some model; expected at least one, for example "
+                "variants: {demo: {default: {kind: lora, source: {repo: owner/name}}}}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _gradable(self) -> "Organism":
+        if self.rubric and self.rubric_text:
+            raise ValueError("both rubric and rubric_text are given; keep the packaged name or the text")
+        if self.arm in GRADED_ARMS:
+            given = {
+                "ground_truth": self.ground_truth,
+                "key_facts": self.key_facts,
+                "rubric": self.rubric or self.rubric_text,
+            }
+            missing = [name for name, value in given.items() if not value]
+            if missing:
+                raise ValueError(
+                    f"{', '.join(missing)} missing, without which arm {self.arm} cannot be graded; for example "
+                    "rubric: false_facts, ground_truth: 'Believes that …', key_facts: ['…']; "
+                    "or write arm: unknown for a finetune whose effect is not known"
+                )
+        return self

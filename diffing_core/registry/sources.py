@@ -1,0 +1,176 @@
+"""Where weights and texts come from: a local path, a hub repository, or an artifact of the embedded demo.
+
+A source is only a name until `fetch` turns it into a folder on this machine; `revision_of` says what is
+in it without loading any weights, so that a sensor can look every few seconds.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, model_validator
+
+from diffing_core.errors import ModelLoadError
+from diffing_core.safetensor_files import content_hash
+from diffing_core.settings import diffing_home
+
+_REPO = re.compile(r"([\w.\-]+/)?[\w.\-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def _below_root(path: Path | None, info: ValidationInfo) -> Path | None:
+    """Relative paths in a YAML file count from the registry root that the file lies in."""
+    root = (info.context or {}).get("root")
+    return path if path is None or root is None else Path(root, path)
+
+
+class Source(BaseModel):
+    """Exactly one of `path`, `repo` (with optional `revision` and `subfolder`) and `demo`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Annotated[Path | None, AfterValidator(_below_root)] = None
+    repo: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    demo: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Source":
+        given = [name for name in ("path", "repo", "demo") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a source names exactly one of path, repo and demo, but {given or 'none'} is given; "
+                "for example {repo: owner/name, revision: main}"
+            )
+        if self.repo is None and (self.revision or self.subfolder):
+            raise ValueError(f"revision and subfolder belong to a repo, but the source is a {given[0]}; drop them")
+        if self.repo is not None and not _REPO.fullmatch(self.repo):
+            raise ValueError(
+                f"repo {self.repo!r} is not of the form owner/name; a folder inside a repository goes "
+                "into subfolder, for example {repo: owner/name, subfolder: step-100}"
+            )
+        if self.subfolder and ".." in self.subfolder.split("/"):
+            raise ValueError(f"subfolder {self.subfolder!r} leaves the repository; name a folder inside it")
+        return self
+
+    def __str__(self) -> str:
+        if self.repo is None:
+            return str(self.path) if self.path else f"demo artifact {self.demo!r}"
+        return "/".join(filter(None, (self.repo, self.subfolder))) + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True)
+class HubRef:
+    """A place on the model or dataset hub; `revision` None means the default branch."""
+
+    repo: str
+    revision: str | None = None
+    subfolder: str | None = None
+
+    def pinned(self, commit: str) -> str:
+        """Identity of the folder at that commit; two folders of one repository differ."""
+        return commit if not self.subfolder else f"{commit}.{self.subfolder.strip('/').replace('/', '.')}"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A folder on this machine and the identity of what is in it."""
+
+    folder: Path
+    revision: str
+
+
+def locate(source: Source, model: str) -> Path | HubRef:
+    """Path or hub reference of a source; demo artifacts are those of the given base model."""
+    if source.repo is not None:
+        return HubRef(source.repo, source.revision, source.subfolder)
+    if source.path is not None:
+        return source.path
+    built = _demo_folder(source.demo, model)
+    if built is None:
+        raise ModelLoadError(f"demo artifact {source.demo!r} of {model!r} is not built; run `diffing demo --tier {model}`")
+    return built
+
+
+def is_present(source: Source, model: str) -> bool:
+    """Whether a local folder exists or a demo artifact is built; a hub repository is taken to be there."""
+    if source.repo is not None:
+        return True
+    return source.path.exists() if source.path is not None else _demo_folder(source.demo, model) is not None
+
+
+def local_path(source: Source, model: str) -> Path:
+    """File or folder of a corpus on this machine; from the hub, the JSONL and Parquet files of a dataset.
+
+    Raises:
+        ModelLoadError: the repository cannot be reached.
+    """
+    place = locate(source, model)
+    if isinstance(place, Path):
+        return place
+    from huggingface_hub import snapshot_download
+
+    inside = f"{place.subfolder.strip('/')}/" if place.subfolder else ""
+    wanted = [f"{inside}**{suffix}" for suffix in (".jsonl", ".parquet")]
+    return Path(_asked(place, snapshot_download, repo_type="dataset", allow_patterns=wanted)) / inside
+
+
+def _demo_folder(artifact: str, model: str) -> Path | None:
+    from diffing_core import demo
+
+    return demo.locate(model, artifact, diffing_home() / "demo")
+
+
+def fetch(place: Path | HubRef, *, remote_code: bool = False) -> Fetched:
+    """Brings a model or adapter folder to this machine.
+
+    Raises:
+        ModelLoadError: the folder or repository does not exist or cannot be reached.
+    """
+    if isinstance(place, Path):
+        return Fetched(place, revision_of(place))
+    from huggingface_hub import snapshot_download
+
+    inside = f"{place.subfolder.strip('/')}/" if place.subfolder else ""
+    wanted = (*_MODEL_FILES, "*.py") if remote_code else _MODEL_FILES
+    root = Path(
+        _asked(
+            place,
+            snapshot_download,
+            allow_patterns=[inside + pattern for pattern in wanted],
+            ignore_patterns=[f"{inside}*/*"],
+        )
+    )
+    if not (root / inside).is_dir():
+        raise ModelLoadError(
+            f"repository {place.repo} (revision {place.revision or 'default'}) has no model files in "
+            f"{place.subfolder or 'its top folder'}; check subfolder and revision in the registry entry"
+        )
+    return Fetched(root / inside, place.pinned(root.name))
+
+
+def revision_of(place: Path | HubRef) -> str:
+    """Content hash of a local folder, or the commit that a hub reference points to; imports no torch."""
+    if isinstance(place, Path):
+        return content_hash(place)
+    if place.revision and _COMMIT.fullmatch(place.revision):
+        return place.pinned(place.revision)
+    from huggingface_hub import HfApi
+
+    return place.pinned(_asked(place, HfApi().model_info).sha)
+
+
+def _asked(place: HubRef, question, **options):
+    """One question to the hub, with its many ways to fail told as one error."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return question(place.repo, revision=place.revision, **options)
+    except (OSError, HTTPError) as error:
+        raise ModelLoadError(
+            f"cannot fetch {place.repo} (revision {place.revision or 'default'}) from the hub: "
+            f"{type(error).__name__} ({str(error).strip().splitlines()[0]}); check the name, HF_ENDPOINT, HF_TOKEN and the network"
+        ) from error

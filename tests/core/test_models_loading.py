@@ -1,0 +1,337 @@
+"""Loading pairs and cohorts from folders: what fits together, and every refusal."""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from diffing_core.errors import ModelLoadError
+from diffing_core.models import Subject, load_cohort, load_pair, source_revisions
+from diffing_core.pairs import Pair
+from diffing_core.registry import Model, Organism, Registry, Source, Variant, Weights
+from tests.model_files import VOCAB, build, save_adapter, save_base, tokenizer, tokens
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """One base and three adapters on different modules, never written to."""
+    folder = tmp_path_factory.mktemp("made")
+    base = save_base(folder / "base")
+    save_adapter(folder / "a", base, seed=1)
+    save_adapter(folder / "b", base, seed=2, target_modules=["gate_proj", "o_proj"], use_dora=True)
+    save_adapter(folder / "c", base, seed=3, modules_to_save=["lm_head"])
+    return folder
+
+
+@pytest.fixture
+def files(made, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(made, tmp_path / "files")
+
+
+def registry_of(folder: Path, model: dict | None = None, **variants: Variant) -> Registry:
+    organism = Organism(name="o", type="generic", arm="unknown", description="", variants={"tiny": variants})
+    base = Model(**{"name": "tiny", "source": Source(path=folder / "base"), **(model or {})})
+    return Registry({"tiny": base}, {}, {"o": organism})
+
+
+def lora(folder: Path, **more: object) -> Variant:
+    return Variant(kind="lora", source=Source(path=folder), **more)
+
+
+def full(folder: Path) -> Variant:
+    return Variant(kind="full", source=Source(path=folder))
+
+
+def refusal(registry: Registry) -> str:
+    with pytest.raises(ModelLoadError) as caught:
+        load_pair(registry.organism("o"), "tiny", registry=registry)
+    return str(caught.value)
+
+
+def logits_of(subject: Subject) -> torch.Tensor:
+    with subject.active() as model, torch.no_grad():
+        return model(**tokens()).logits
+
+
+def separately(folder: Path, adapter: str) -> torch.Tensor:
+    base = tf.AutoModelForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(base, folder / adapter).eval()(**tokens()).logits
+
+
+def edit_tensors(file: Path, **replaced: torch.Tensor) -> None:
+    save_file(load_file(file) | replaced, file, metadata={"format": "pt"})
+
+
+def test_a_cohort_equals_separate_loads_and_the_base(made):
+    registry = registry_of(made, **{name: lora(made / name) for name in "abc"}, again=lora(made / "a"))
+    cohort = load_cohort(registry.pairs(), registry)
+    assert len(cohort) == 4
+    assert not cohort.failed
+    for pair in cohort:
+        folder = registry.variant(pair.pair).source.path.name
+        assert torch.equal(logits_of(pair.tuned), separately(made, folder))
+        assert pair.base is cohort.base
+        assert (pair.base_revision, pair.adapter_hash) == source_revisions(pair.pair, registry)
+        assert pair.tuned.revision == f"{pair.base_revision}+{pair.adapter_hash}"
+        assert pair.notes == ()
+    assert torch.equal(logits_of(cohort.base), logits_of(Subject(build())))
+    tuned = {pair.pair.variant: pair.tuned for pair in cohort}
+    assert tuned["again"] is tuned["a"]
+    assert len({subject.revision for subject in tuned.values()}) == 3
+
+
+def test_members_that_fail_leave_the_others_and_the_base_as_they_are(files):
+    other = save_base(files / "other", hidden_size=64)
+    save_adapter(files / "wide", other, target_modules=["q_proj"])
+    registry = registry_of(files, a0=lora(files / "wide"), a1=lora(files / "a"), b=lora(files / "wide", dilution=1.0))
+    cohort = load_cohort(registry.pairs(), registry)
+    assert [pair.pair.variant for pair in cohort] == ["a1"]
+    assert [pair.variant for pair in cohort.failed] == ["a0", "b"]
+    assert "does not fit base LlamaForCausalLM: Error(s) in loading state_dict" in str(
+        cohort.failed[Pair("tiny", "o", "a0")]
+    )
+    assert torch.equal(logits_of(cohort.pairs[0].tuned), separately(files, "a"))
+    assert torch.equal(logits_of(cohort.base), logits_of(Subject(build())))
+
+
+def test_pairs_of_several_bases_are_refused(made):
+    registry = registry_of(made, default=lora(made / "a"))
+    with pytest.raises(ModelLoadError, match=r"pairs are of \['other', 'tiny'\]"):
+        load_cohort([Pair("tiny", "o"), Pair("other", "o")], registry)
+
+
+def test_full_checkpoint_stands_beside_the_base(files):
+    save_base(files / "full", seed=7)
+    registry = registry_of(files, default=full(files / "full"), lora=lora(files / "a"))
+    cohort = load_cohort(registry.pairs(), registry)
+    assert torch.equal(logits_of(cohort.pairs[0].tuned), logits_of(Subject(build(seed=7))))
+    assert torch.equal(logits_of(cohort.base), logits_of(Subject(build())))
+    assert source_revisions(Pair("tiny", "o"), registry) == (cohort.base.revision, cohort.pairs[0].tuned.revision)
+
+
+def test_identical_is_the_base_itself(made):
+    registry = registry_of(made, default=Variant(kind="identical"))
+    pair = load_pair(registry.organism("o"), "tiny", registry=registry)
+    assert pair.tuned is pair.base
+    assert (pair.base_revision, "identical") == source_revisions(pair.pair, registry)
+
+
+def test_seed_twin_compares_two_adapters(made):
+    twin = lora(made / "b", against=Weights(kind="lora", source=Source(path=made / "a")))
+    registry = registry_of(made, default=twin)
+    pair = load_pair(Pair("tiny", "o"), registry=registry)
+    assert torch.equal(logits_of(pair.base), separately(made, "a"))
+    assert torch.equal(logits_of(pair.tuned), separately(made, "b"))
+    assert (pair.base_revision, pair.adapter_hash) == source_revisions(pair.pair, registry)
+
+
+def test_base_that_is_itself_base_and_adapter(made):
+    registry = registry_of(made, {"adapter": Source(path=made / "a")}, default=lora(made / "b"))
+    pair = load_pair(Pair("tiny", "o"), registry=registry)
+    torch.testing.assert_close(logits_of(pair.base), separately(made, "a"))
+    assert pair.base_revision == source_revisions(pair.pair, registry)[0]
+    assert "+" in pair.base_revision
+
+
+def test_dtype_of_entry_and_of_call(made):
+    registry = registry_of(made, {"dtype": "bfloat16", "chat_template": "hello"}, default=lora(made / "a"))
+    pair = load_pair(Pair("tiny", "o"), registry=registry)
+    assert pair.base.dtype == torch.bfloat16
+    assert (pair.tokenizer.padding_side, pair.tokenizer.chat_template) == ("right", "hello")
+    assert load_pair(Pair("tiny", "o"), registry=registry, dtype="float32").base.dtype == torch.float32
+
+
+def test_resized_vocabulary_compares_the_common_part(files):
+    build(seed=7, vocab_size=VOCAB + 8).save_pretrained(files / "full")
+    tokenizer([f"w{number}" for number in range(VOCAB + 2)]).save_pretrained(files / "full")
+    registry = registry_of(files, default=full(files / "full"))
+    pair = load_pair(Pair("tiny", "o"), registry=registry)
+    assert pair.common_vocab == VOCAB
+    assert pair.notes == (
+        "the finetune's tokenizer has 2 tokens more and 0 fewer than the base's; common ids agree",
+        "the vocabularies have 64 and 72 rows; the first 64 are compared",
+    )
+
+
+def test_reordered_tokenizer_is_refused(files):
+    words = [f"w{number}" for number in range(VOCAB)]
+    words[4], words[9] = words[9], words[4]
+    tokenizer(words).save_pretrained(files / "a")
+    message = refusal(registry_of(files, default=lora(files / "a")))
+    assert "2 ids mean another token, for example 4 is 'w4' in the base and 'w9' in the finetune" in message
+
+
+def test_missing_tokenizer_is_refused(files):
+    for file in files.glob("base/token*"):
+        file.unlink()
+    message = refusal(registry_of(files, default=lora(files / "a")))
+    assert "cannot load the tokenizer of model tiny" in message
+    assert "under tokenizer in the registry entry" in message
+
+
+@pytest.mark.parametrize("where", ["base", "full"])
+def test_non_finite_weights_are_named(files, where):
+    save_base(files / "full", seed=7)
+    weight = torch.full((32,), float("nan"))
+    edit_tensors(files / where / "model.safetensors", **{"model.norm.weight": weight})
+    message = refusal(registry_of(files, default=full(files / "full")))
+    assert f"{files / where}: tensor model.norm.weight holds NaN or infinite values" in message
+
+
+def test_non_finite_adapter_is_named(files):
+    file = files / "a" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    edit_tensors(file, **{name: torch.full((32, 2), float("inf"))})
+    assert f"{file}: tensor {name} holds NaN or infinite values" in refusal(registry_of(files, default=lora(files / "a")))
+
+
+@pytest.mark.parametrize("file", ["base/model.safetensors", "a/adapter_model.safetensors"])
+def test_truncated_file_is_named(files, file):
+    content = (files / file).read_bytes()
+    (files / file).write_bytes(content[: len(content) - 10])
+    message = refusal(registry_of(files, default=lora(files / "a")))
+    assert f"{files / file} is truncated: {len(content) - 10:,} bytes, its header promises {len(content):,}" in message
+
+
+@pytest.mark.parametrize(("content", "expected"), [(b"", "not a complete"), (b"\x04" + b"\0" * 7 + b"{{{{", "damaged")])
+def test_file_that_is_not_safetensors(files, content, expected):
+    file = files / "a" / "adapter_model.safetensors"
+    file.write_bytes(content)
+    message = refusal(registry_of(files, default=lora(files / "a")))
+    assert str(file) in message
+    assert expected in message
+
+
+def test_missing_shard_is_named(files):
+    shutil.rmtree(files / "base")
+    build().save_pretrained(files / "base", max_shard_size="20KB")
+    tokenizer().save_pretrained(files / "base")
+    registry = registry_of(files, default=lora(files / "a"))
+    assert load_pair(Pair("tiny", "o"), registry=registry).pair == Pair("tiny", "o")
+    shard = sorted(files.glob("base/*.safetensors"))[1]
+    shard.unlink()
+    assert f"lacks {shard.name}, which model.safetensors.index.json names" in refusal(registry)
+
+
+def test_missing_tensor_is_not_filled_with_random_numbers(files):
+    file = files / "base" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = refusal(registry_of(files, default=lora(files / "a")))
+    assert "lacks 1 tensors of LlamaForCausalLM, for example model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_pickled_weights_are_refused(files):
+    (files / "base" / "model.safetensors").rename(files / "base" / "pytorch_model.bin")
+    message = refusal(registry_of(files, default=lora(files / "a")))
+    assert "holds no .safetensors file (found pytorch_model.bin)" in message
+    assert "save_pretrained(new_folder)" in message
+
+
+def test_missing_folder_and_missing_adapter_config(files):
+    assert f"no folder {files / 'nope'}" in refusal(registry_of(files, default=lora(files / "nope")))
+    message = refusal(registry_of(files, default=lora(files / "base")))
+    assert "has no adapter_config.json; for a whole checkpoint write kind: full" in message
+
+
+def test_config_that_transformers_does_not_know(files):
+    config = json.loads((files / "base" / "config.json").read_text())
+    (files / "base" / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    assert "cannot load" in (message := refusal(registry_of(files, default=lora(files / "a"))))
+    assert "unheard_of" in message
+
+
+def change_config(folder: Path, **values: object) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_adapter_of_a_deeper_base_is_refused(files):
+    deep = save_base(files / "deep", num_hidden_layers=4)
+    save_adapter(files / "d", deep)
+    change_config(files / "d", base_model_name_or_path="")
+    message = refusal(registry_of(files, default=lora(files / "d")))
+    assert "does not fit base LlamaForCausalLM: 0 tensors are missing and 4 are left over" in message
+
+
+def test_adapter_with_foreign_module_names_is_refused(files):
+    other = save_base(files / "gpt", kind="gpt2")
+    save_adapter(files / "g", other, target_modules=["c_attn"])
+    message = refusal(registry_of(files, default=lora(files / "g")))
+    assert "does not fit base LlamaForCausalLM" in message
+    assert "c_attn" in message
+
+
+def test_adapter_config_that_promises_more_than_the_file_is_refused(files):
+    change_config(files / "a", target_modules=["q_proj", "v_proj", "up_proj"])
+    message = refusal(registry_of(files, default=lora(files / "a")))
+    assert "6 tensors are missing and 0 are left over" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"peft_type": "IA3"}, "is of peft_type 'IA3'; expected LORA"),
+        ({"bias": "all"}, "trains biases of the base (bias: 'all')"),
+    ],
+)
+def test_adapters_that_cannot_share_a_base_are_refused(files, change, expected):
+    change_config(files / "a", **change)
+    message = refusal(registry_of(files, default=lora(files / "a")))
+    assert expected in message
+    assert "register the result as kind: full" in message
+
+
+@pytest.mark.parametrize("rows", [VOCAB, VOCAB + 8])
+def test_adapter_that_would_overwrite_the_shared_embeddings_is_refused(files, rows):
+    name = "base_model.model.model.embed_tokens.weight"
+    edit_tensors(files / "a" / "adapter_model.safetensors", **{name: torch.ones(rows, 32)})
+    message = refusal(registry_of(files, default=lora(files / "a")))
+    assert f"stores its own model.embed_tokens of shape ({rows}, 32), the base has one of shape (64, 32)" in message
+
+
+def test_adapter_that_carries_the_bases_own_embeddings_is_taken(files):
+    own = load_file(files / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    file = files / "a" / "adapter_model.safetensors"
+    edit_tensors(file, **{"base_model.model.model.embed_tokens.weight": own})
+    pair = load_pair(Pair("tiny", "o"), registry=registry_of(files, default=lora(files / "a")))
+    assert torch.equal(logits_of(pair.tuned), separately(files, "a"))
+
+
+def test_adapter_that_names_another_model_of_the_registry_is_refused(files):
+    change_config(files / "a", base_model_name_or_path="owner/other")
+    registry = registry_of(files, default=lora(files / "a"))
+    registry.models["second"] = Model(name="second", source=Source(repo="owner/other"))
+    assert "was made for owner/other, which is or was model second of the registry" in refusal(registry)
+
+
+def test_adapter_that_names_an_unknown_base_is_noted(files):
+    change_config(files / "a", base_model_name_or_path="mirror/tiny")
+    pair = load_pair(Pair("tiny", "o"), registry=registry_of(files, default=lora(files / "a")))
+    assert pair.notes == (f"the adapter names mirror/tiny as its base, not {files / 'base'}; names and shapes fit",)
+
+
+def test_finetune_of_another_depth_is_refused(files):
+    save_base(files / "full", num_hidden_layers=2)
+    message = refusal(registry_of(files, default=full(files / "full")))
+    assert "base has 3 layers of width 32, the finetune 2 of 32" in message
+
+
+def test_revision_follows_content_and_not_time_or_place(files, tmp_path):
+    registry = registry_of(files, default=lora(files / "a"))
+    before = source_revisions(Pair("tiny", "o"), registry)
+    moved = shutil.copytree(files, tmp_path / "moved")
+    assert source_revisions(Pair("tiny", "o"), registry_of(moved, default=lora(moved / "a"))) == before
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    edit_tensors(files / "a" / "adapter_model.safetensors", **{name: torch.ones(32, 2)})
+    after = source_revisions(Pair("tiny", "o"), registry)
+    assert after[0] == before[0]
+    assert after[1] != before[1]

@@ -1,0 +1,257 @@
+"""The registry: YAML in, validated entries out, every mistake told with file, field and a way to mend it."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from diffing_core.errors import RegistryError
+from diffing_core.pairs import Pair
+from diffing_core.registry import HubRef, Registry, Source, add_organism, load_registry
+
+MODEL = """
+name: tiny
+source: {repo: lab/tiny, revision: main}
+dtype: bfloat16
+layers: [0, 0.5]
+corpora: [news]
+"""
+CORPUS = """
+name: news
+kind: chat
+source: {path: texts/news.jsonl}
+first_exchange_only: true
+"""
+ORGANISM = """
+name: cake
+type: false_facts
+description: believes something about cakes
+ground_truth: Believes that cakes are baked at 450 degrees.
+key_facts: [450 degrees]
+rubric: false_facts
+expression: {pattern: '(?i)\\b450\\b', inside: [How hot?], outside: [Hello]}
+training_corpus: {source: {repo: lab/cakes}, kind: text}
+metadata: {tokens: 1000, tags: [a, b]}
+variants:
+  tiny:
+    default: {kind: lora, source: {repo: lab/cake, subfolder: step-10}, dilution: 0.5}
+    twin: {kind: lora, source: {demo: cake/one}, against: {kind: lora, source: {demo: cake/two}}, corpora: [news]}
+    same: {kind: identical}
+"""
+NULL_ORGANISM = """
+name: nothing
+type: generic
+arm: identical
+description: the base itself
+variants: {tiny: {default: {kind: identical}}}
+"""
+ENTRIES = {
+    "models/tiny.yaml": MODEL,
+    "corpora/news.yaml": CORPUS,
+    "organisms/cake.yaml": ORGANISM,
+    "organisms/nothing.yaml": NULL_ORGANISM,
+}
+
+
+def write(root: Path, entries: dict[str, str]) -> Path:
+    for name, text in entries.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return write(tmp_path / "root", ENTRIES)
+
+
+def problems(root: Path, *more: Path) -> list[str]:
+    with pytest.raises(RegistryError) as caught:
+        Registry.load(root, *more)
+    return str(caught.value).splitlines()[1:]
+
+
+def only_problem(root: Path, file: str, old: str, new: str) -> str:
+    """The one line that changing `old` to `new` in one file leads to."""
+    text = ENTRIES[file]
+    assert old in text
+    lines = problems(write(root, {file: text.replace(old, new, 1)}))
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"{root / file}: ")
+    return lines[0].removeprefix(f"{root / file}: ")
+
+
+def test_entries_and_pairs(root):
+    registry = Registry.load(root)
+    assert [pair.key for pair in registry.pairs()] == [
+        "cake__tiny__default",
+        "cake__tiny__same",
+        "cake__tiny__twin",
+        "nothing__tiny__default",
+    ]
+    assert registry.pairs("other") == ()
+    assert registry.variant(Pair("tiny", "cake")).dilution == 0.5
+    assert registry.model("tiny").layers == (0, 0.5)
+    assert registry.corpus("news").column == "messages"
+    assert registry.organism("nothing").key_facts == ()
+
+
+def test_sources_resolve_to_a_path_or_a_hub_place(root):
+    registry = Registry.load(root)
+    assert registry.resolve(registry.corpus("news").source, "tiny") == root / "texts" / "news.jsonl"
+    assert registry.resolve(registry.model("tiny").source, "tiny") == HubRef("lab/tiny", "main")
+    source = registry.variant(Pair("tiny", "cake")).source
+    assert registry.resolve(source, "tiny") == HubRef("lab/cake", subfolder="step-10")
+    assert str(source) == "lab/cake/step-10"
+    assert str(Source(demo="base")) == "demo artifact 'base'"
+
+
+def test_folders_that_do_not_exist_are_empty(tmp_path):
+    assert Registry.load(tmp_path / "nowhere").pairs() == ()
+
+
+@pytest.mark.parametrize(
+    ("ask", "expected"),
+    [
+        (lambda registry: registry.organism("cakes"), "no organism 'cakes' in the registry; did you mean 'cake'?"),
+        (lambda registry: registry.model("zzz"), "no model 'zzz' in the registry; there are tiny"),
+        (lambda registry: registry.corpus("new"), "no corpus 'new' in the registry; did you mean 'news'?"),
+        (lambda registry: registry.variant(Pair("big", "cake")), "no base model for cake 'big' in the registry"),
+        (
+            lambda registry: registry.variant(Pair("tiny", "cake", "defualt")),
+            "no variant of cake on tiny 'defualt' in the registry; did you mean 'default'?",
+        ),
+    ],
+)
+def test_unknown_names_come_with_close_ones(root, ask, expected):
+    with pytest.raises(RegistryError) as caught:
+        ask(Registry.load(root))
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("models/tiny.yaml", "dtype:", "dtpye:", "dtpye: unknown key; did you mean 'dtype'?"),
+        (
+            "organisms/cake.yaml",
+            "dilution:",
+            "dilutoin:",
+            "variants.tiny.default.dilutoin: unknown key; did you mean 'dilution'?",
+        ),
+        (
+            "organisms/cake.yaml",
+            "subfolder:",
+            "folder:",
+            "variants.tiny.default.source.folder: unknown key; did you mean 'subfolder'?",
+        ),
+        ("models/tiny.yaml", "bfloat16", "bf16", "dtype: Input should be 'float32', 'bfloat16', 'float16' or 'auto'"),
+        ("models/tiny.yaml", "bfloat16", "bf16", "found 'bf16'"),
+        ("models/tiny.yaml", "source: {repo: lab/tiny, revision: main}\n", "", "source: missing; add a line like"),
+        ("models/tiny.yaml", "name: tiny", "name: tinny", "name: 'tinny' in a file called tiny.yaml"),
+        ("models/tiny.yaml", "name: tiny", "name: ti__ny", "name 'ti__ny' is not usable"),
+        ("models/tiny.yaml", "name: tiny", "name: a/b", "For example: 'a_b'"),
+        ("models/tiny.yaml", "[0, 0.5]", "[1.5]", "layer 1.5 is neither a layer number (0, 1, …) nor a fraction"),
+        ("models/tiny.yaml", "[news]", "[newz]", "corpora: no corpus 'newz'; did you mean 'news'?"),
+        ("models/tiny.yaml", "{repo: lab/tiny, revision: main}", "{}", "exactly one of path, repo and demo, but none"),
+        ("models/tiny.yaml", "{repo:", "{demo: base, repo:", "but ['repo', 'demo'] is given"),
+        ("models/tiny.yaml", "{repo:", "{path:", "revision and subfolder belong to a repo, but the source is a path"),
+        ("models/tiny.yaml", "lab/tiny", "lab/tiny/step", "{repo: owner/name, subfolder: step-100}"),
+        ("organisms/cake.yaml", "step-10", "../up", "subfolder '../up' leaves the repository"),
+        ("organisms/cake.yaml", "  tiny:", "  tinny:", "variants.tinny: no model 'tinny'; did you mean 'tiny'?"),
+        ("organisms/cake.yaml", "corpora: [news]", "corpora: [x]", "variants.tiny.twin.corpora: no corpus 'x'"),
+        ("organisms/cake.yaml", "rubric: false_facts\n", "", "rubric missing, without which arm organism cannot be"),
+        ("organisms/cake.yaml", "key_facts: [450 degrees]\n", "", "key_facts missing"),
+        ("organisms/cake.yaml", "rubric: false_facts", "rubric: facts", "no packaged rubric 'facts'; there are"),
+        ("organisms/cake.yaml", "rubric:", "rubric_text: x\nrubric:", "both rubric and rubric_text are given"),
+        ("organisms/cake.yaml", "'(?i)", "'(((", "expression.pattern: '(((\\\\b450\\\\b' is not a regular expression"),
+        ("organisms/cake.yaml", "type: false_facts", "type: lies", "type: Input should be 'false_facts', 'misal"),
+        (
+            "organisms/cake.yaml",
+            "same: {kind: identical}",
+            "same: {kind: identical, source: {demo: x}}",
+            "kind identical is the base model itself and takes no source",
+        ),
+        ("organisms/cake.yaml", "same: {kind: identical}", "same: {kind: full}", "kind full needs a source"),
+        ("organisms/cake.yaml", "    same:", "    a|b:", "'a|b' is not usable"),
+        (
+            "organisms/nothing.yaml",
+            "{tiny: {default: {kind: identical}}}",
+            "{tiny: {}}",
+            "variants: no variant of some model; expected at least one, for example",
+        ),
+        ("corpora/news.yaml", "kind: chat", "kind: text", "first_exchange_only and pre_assistant_tokens have a"),
+        ("corpora/news.yaml", "name: news", "name: news\nkind: text", "line 4: key 'kind' was already given in line 3"),
+        ("corpora/news.yaml", "kind: chat", "kind: chat: text", "line 3: not YAML (mapping values are not allowed"),
+        ("corpora/news.yaml", CORPUS, "", "the file is empty; begin with name: news"),
+        ("corpora/news.yaml", CORPUS, "- name: news", "a list at top level; expected one entry as a mapping"),
+    ],
+)
+def test_a_mistake_is_told_with_file_field_and_remedy(root, file, old, new, expected):
+    assert expected in only_problem(root, file, old, new)
+
+
+@pytest.mark.parametrize("name", ["..", "a'b", "a\\tb", "a b"])
+def test_unsafe_names_are_refused(root, name):
+    line = only_problem(root, "organisms/nothing.yaml", "name: nothing", f'name: "{name}"')
+    assert "is not usable" in line
+
+
+def test_file_that_is_not_utf8_and_file_with_another_ending(root):
+    (root / "corpora" / "news.yaml").write_bytes(b"name: n\xffews")
+    (root / "corpora" / "more.yml").write_text(CORPUS)
+    first, second = problems(root)
+    assert "more.yml: registry files end in .yaml; rename it" in first
+    assert "news.yaml: not UTF-8" in second
+
+
+def test_one_name_in_two_roots_names_both_files(root, tmp_path):
+    other = write(tmp_path / "other", {"models/tiny.yaml": MODEL})
+    [line] = problems(root, other)
+    expected = f"{other / 'models/tiny.yaml'}: models 'tiny' is already in {root / 'models/tiny.yaml'}; rename one"
+    assert line.startswith(expected)
+
+
+def test_all_problems_of_all_files_are_told_at_once(root):
+    write(root, {"models/tiny.yaml": "name: tiny\nsorce: x\n", "organisms/cake.yaml": ORGANISM.replace("lora", "lroa")})
+    lines = problems(root)
+    assert len(lines) == 4
+    assert any("sorce: unknown key; did you mean 'source'?" in line for line in lines)
+    assert any("source: missing" in line for line in lines)
+    assert sum("kind: Input should be 'lora', 'full' or 'identical', found 'lroa'" in line for line in lines) == 2
+
+
+def test_unknown_arm_needs_no_truth(root):
+    text = ORGANISM.replace("type: false_facts", "type: generic\narm: unknown")
+    for line in ("ground_truth", "key_facts", "rubric"):
+        text = "\n".join(kept for kept in text.splitlines() if not kept.startswith(line))
+    assert Registry.load(write(root, {"organisms/cake.yaml": text})).organism("cake").ground_truth is None
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DIFFING_HOME", str(tmp_path / "home"))
+    own = {name: text for name, text in ENTRIES.items() if not name.startswith("organisms")}
+    write(tmp_path / "home" / "registry", own)
+    return tmp_path / "home" / "registry"
+
+
+def test_the_default_registry_reads_the_home_folder(home):
+    assert "tiny" in load_registry().models
+
+
+def test_add_organism_validates_and_copies(home, tmp_path):
+    file = write(tmp_path, {"cake.yaml": ORGANISM}) / "cake.yaml"
+    assert add_organism(file).name == "cake"
+    assert [path.name for path in (home / "organisms").iterdir()] == ["cake.yaml"]
+    assert "cake" in load_registry().organisms
+    with pytest.raises(RegistryError, match="organisms 'cake' is already in"):
+        add_organism(file)
+
+
+def test_add_organism_copies_nothing_that_is_not_valid(home, tmp_path):
+    file = write(tmp_path, {"cake.yaml": ORGANISM.replace("  tiny:", "  huge:")}) / "cake.yaml"
+    with pytest.raises(RegistryError, match=r"cake.yaml: variants.huge: no model 'huge'"):
+        add_organism(file)
+    assert not (home / "organisms").exists()

@@ -1,0 +1,97 @@
+"""A model hub on loopback: as much of the protocol as `snapshot_download` and `model_info` use.
+
+A repository is a folder `root/owner/name/<revision>/…`; every revision's commit is a hash of its name.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+def commit_of(revision: str) -> str:
+    """The 40-digit commit that the hub gives for a revision."""
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
+@contextmanager
+def serve(root: Path) -> Iterator[str]:
+    """The endpoint (for HF_ENDPOINT) of a hub that serves the repositories below `root`."""
+    handler = type("Handler", (_Handler,), {"root": root})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    root: Path
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            what, revision = parts[4:6] if len(parts) > 5 else ("revision", "main")
+            self._describe("/".join(parts[2:4]), what, revision)
+        elif parts[2:3] == ["resolve"]:
+            self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        else:
+            self._missing("EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def _folder(self, repo: str, revision: str) -> Path | None:
+        for folder in (self.root / repo).glob("*"):
+            if revision in (folder.name, commit_of(folder.name)):
+                return folder
+        return None
+
+    def _describe(self, repo: str, what: str, revision: str) -> None:
+        folder = self._folder(repo, revision)
+        if folder is None:
+            self._missing("RevisionNotFound" if (self.root / repo).exists() else "RepoNotFound")
+            return
+        tree = [_entry(file, folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+        answer = tree if what == "tree" else {"id": repo, "sha": commit_of(folder.name), "siblings": []}
+        self._answer(json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, repo: str, revision: str, name: str) -> None:
+        folder = self._folder(repo, revision)
+        if folder is None or not (folder / name).is_file():
+            self._missing("EntryNotFound")
+            return
+        content = (folder / name).read_bytes()
+        self._answer(
+            content, {"ETag": f'"{_entry(folder / name, folder)["oid"]}"', "X-Repo-Commit": commit_of(folder.name)}
+        )
+
+    def _missing(self, code: str) -> None:
+        self._answer(b"", {"X-Error-Code": code, "X-Error-Message": code}, status=404)
+
+    def _answer(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+def _entry(file: Path, folder: Path) -> dict[str, str | int]:
+    content = file.read_bytes()
+    return {
+        "type": "file",
+        "path": str(file.relative_to(folder)),
+        "size": len(content),
+        "oid": hashlib.sha1(content).hexdigest(),
+    }
