@@ -38,9 +38,28 @@ class ActivationBlock:
     vector_ND: Any
 
 
-def activation_file(store: Path, revision: str, corpus_hash: str, layer: int) -> Path:
-    """Where the activations of one model state, corpus and layer lie."""
-    return store / re.sub(r"[^A-Za-z0-9.+-]", "_", revision) / corpus_hash / f"layer_{layer}.parquet"
+class ActivationStore:
+    """The files below one folder, and which of them are being written in this pass.
+
+    Pairs of a cohort share their base: the first that asks for a writer of a file gets it, the others
+    get none. Two processes may write the same file aside of it; their contents are equal, the last
+    rename wins.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._claimed: set[Path] = set()
+
+    def file(self, revision: str, corpus_hash: str, layer: int) -> Path:
+        """Where the activations of one model state, corpus and layer lie."""
+        return self.root / re.sub(r"[^A-Za-z0-9.+-]", "_", revision) / corpus_hash / f"layer_{layer}.parquet"
+
+    def claim(self, file: Path, d_model: int, dtype: Any) -> "ActivationWriter | None":
+        """A writer, unless the file is complete or somebody in this pass already writes it."""
+        if file in self._claimed or file.exists():
+            return None
+        self._claimed.add(file)
+        return ActivationWriter(file, d_model, dtype)
 
 
 class ActivationWriter:

@@ -113,12 +113,16 @@ def _switch(peft_model: Any, adapter: str | None) -> None:
 
 def _take_out(peft_model: Any, name: str) -> None:
     """Undoes a failed load: the other adapters stay, or the plain model becomes whole again."""
-    if not is_wrapped(peft_model) or name not in peft_model.peft_config:
-        return
-    if len(peft_model.peft_config) > 1:
-        peft_model.delete_adapter(name)
-    else:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not is_wrapped(peft_model):  # it failed half way through wrapping
+        for path, layer in list(peft_model.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                peft_model.set_submodule(path, layer.get_base_layer())
+    elif list(peft_model.peft_config) == [name]:
         peft_model.unload()
+    elif name in peft_model.peft_config:
+        peft_model.delete_adapter(name)
 
 
 def _check_adapter_weights(module: Any, folder: Path) -> None:

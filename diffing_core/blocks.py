@@ -10,7 +10,6 @@ Suffixes: N tokens of the block, D width, V vocabulary, K top-k.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ class StreamContext:
     """What a fold may know before the first block.
 
     `base` and `tuned` are the two model sides (`diffing_core.models.Subject`); folds use them only to
-    read vectors through norm and head. `store` is the folder for activation Parquet, if there is one.
+    read vectors through norm and head. `store` is the pass's ActivationStore, if there is one.
     """
 
     base: Any
@@ -34,7 +33,7 @@ class StreamContext:
     n_layers: int
     d_model: int
     vocab_size: int
-    store: Path | None = None
+    store: Any = None
 
     @cached_property
     def _texts(self) -> np.ndarray:

@@ -40,7 +40,7 @@ SHARES = {
 class ExpressionSettings(Settings):
     """Knobs of the measurement."""
 
-    samples: int = Field(8, ge=1, description="Answers per prompt and side.")
+    samples: int = Field(4, ge=1, description="Answers per prompt and side.")
     temperature: float = Field(1.0, gt=0, description="Of the sampling.")
     max_new_tokens: int = Field(48, ge=1, description="Length at which an answer is cut.")
     seed: int = Field(0, description="Of the sampling, the same on both sides.")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 DOCUMENT_MARK = "doc:"
-BATCH_SIZE = 64
+BATCH_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,13 @@ class _Drawn:
         self._prompt_width = prompt_width
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        probability_BV = torch.softmax(scores.double() / self._sampling.temperature, dim=-1)
+        probability_BV = torch.softmax(scores.float() / self._sampling.temperature, dim=-1)
         order_BV = None
         if self._sampling.top_p < 1:
             probability_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
-            before_BV = probability_BV.cumsum(-1) - probability_BV
+            before_BV = probability_BV.cumsum(-1, dtype=torch.float64) - probability_BV
             probability_BV = probability_BV.where(before_BV < self._sampling.top_p, 0.0)
-        cumulated_BV = probability_BV.cumsum(-1)
+        cumulated_BV = probability_BV.cumsum(-1, dtype=torch.float64)
         step = input_ids.shape[1] - self._prompt_width
         target_B1 = self._uniform_BT[:, step, None] * cumulated_BV[:, -1:]
         drawn_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True).clamp(max=scores.shape[1] - 1)

@@ -4,6 +4,7 @@ load_pair(organism, model="demo")  -> ModelPair(base, tuned, tokenizer, …)
 load_cohort(pairs, registry)       -> Cohort: ModelPairs that share their base
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from diffing_core.checkpoints import (
     load_module,
     load_tokenizer,
 )
-from diffing_core.errors import ModelLoadError
+from diffing_core.errors import DiffingError, ModelLoadError, RegistryError
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Variant, Weights, load_registry
 from diffing_core.registry.sources import Fetched, Source, fetch, revision_of
@@ -62,7 +63,7 @@ class Cohort:
 
     base: Subject
     pairs: tuple[ModelPair, ...]
-    failed: dict[Pair, ModelLoadError] = field(default_factory=dict)
+    failed: dict[Pair, DiffingError] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[ModelPair]:
         return iter(self.pairs)
@@ -109,7 +110,7 @@ def load_cohort(pairs: Sequence[Pair], registry: Registry, *, device: Any = None
         )
     variants = {pair: registry.variant(pair) for pair in pairs}
     resident = _Resident(registry, models[0], device or default_device(), dtype)
-    failed: dict[Pair, ModelLoadError] = {}
+    failed: dict[Pair, DiffingError] = {}
     sides = _each(variants, lambda _, variant: resident.load_sides(variant), failed)
     loaded = _each(sides, resident.pair, failed)
     return Cohort(resident.subject(_Side(resident.revision)), tuple(loaded.values()), failed)
@@ -159,6 +160,7 @@ class _Resident:
         tokenizer = self._fetch(self.entry.tokenizer).folder if self.entry.tokenizer else base.folder
         self.tokenizer = load_tokenizer(tokenizer, self.entry)
         self.adapters: dict[Path, str] = {}
+        self.numbers = itertools.count()  # a name is not used again, whatever a failed load left behind
         self.subjects: dict[_Side, Subject] = {}
 
     def load_sides(self, variant: Variant) -> tuple[_Side, _Side]:
@@ -205,7 +207,7 @@ class _Resident:
             return _Side(files.revision, None, module, files.revision, notes)
         notes += self._named_base(files.folder)
         if files.folder not in self.adapters:
-            name = f"adapter_{len(self.adapters)}"
+            name = f"adapter_{next(self.numbers)}"
             self.module = add_adapter(self.module, files.folder, name)
             self.adapters[files.folder] = name
         name = self.adapters[files.folder]
@@ -232,13 +234,13 @@ def _identities(entry: Model, folder: Path) -> set[str]:
     return {entry.name, entry.source.repo or str(entry.source.path)}
 
 
-def _each(items: dict, make: Callable, failed: dict[Pair, ModelLoadError]) -> dict:
+def _each(items: dict, make: Callable, failed: dict[Pair, DiffingError]) -> dict:
     """`make(pair, item)` for every pair; where it cannot be loaded, the reason goes to `failed`."""
     made = {}
     for pair, item in items.items():
         try:
             made[pair] = make(pair, item)
-        except ModelLoadError as error:
+        except (ModelLoadError, RegistryError) as error:
             logger.warning("%s cannot be loaded: %s", pair, error)
             failed[pair] = error
     return made

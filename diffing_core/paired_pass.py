@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from diffing_core.activations import ActivationStore
 from diffing_core.blocks import Side, StreamContext, TokenBlock
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
@@ -27,7 +28,7 @@ from diffing_core.settings import Settings
 
 TOKENS_PER_BATCH = 4096
 LOGPROBS_PER_BLOCK = 2**20
-METHOD_FAILURES = (DiffingError, RuntimeError, ValueError, ArithmeticError, LookupError)
+METHOD_FAILURES = (DiffingError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError)
 logger = logging.getLogger(__name__)
 
 
@@ -122,7 +123,8 @@ def paired_pass(
         tokens_per_batch: padded tokens per forward; results do not depend on it.
         skip_first_tokens: leading tokens of every sequence that no fold sees (attention sinks).
     """
-    running = [_begin(pair, method, settings, corpus, store) for pair in pairs for method, settings in methods]
+    shelf = ActivationStore(store) if store else None
+    running = [_begin(pair, method, settings, corpus, shelf) for pair in pairs for method, settings in methods]
     layers = sorted({layer for each in running for layer in each.layers} | _last_layer_if_wanted(running))
     wants_logprobs = any(Need.LOGPROBS in each.method.needs for each in running)
     shared = _Shared()
@@ -143,7 +145,7 @@ def paired_pass(
 
 
 def _begin(
-    pair: ModelPair, method: Method, settings: Settings, corpus: ProbeCorpus, store: Path | None
+    pair: ModelPair, method: Method, settings: Settings, corpus: ProbeCorpus, store: ActivationStore | None
 ) -> _Running:
     context = StreamContext(
         base=pair.base,

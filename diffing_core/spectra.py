@@ -161,34 +161,34 @@ class Lens:
         self._head_VD, self._gain_D, self._centred = head_VD, gain_D, centred
         self.readable_V = torch.as_tensor(readable_V)
         ids = self.readable_V.nonzero()[:, 0]
-        self._mean_D = sum(self._rows(part).sum(0) for part in ids.split(_ROWS_AT_ONCE)) / len(ids)
-        sample_ND = self._rows(ids[:: -(-len(ids) // _ROWS_AT_ONCE)]) - self._mean_D
+        self._mean_D = sum(self._rows(part).sum(0) for part in head_VD[ids].split(_ROWS_AT_ONCE)) / len(ids)
+        sample_ND = self._rows(head_VD[ids[:: -(-len(ids) // _ROWS_AT_ONCE)]]) - self._mean_D
         covariance_DD = (sample_ND.T @ sample_ND / len(sample_ND)).double()
-        ridge_DD = torch.eye(len(gain_D), dtype=torch.float64) * covariance_DD.diagonal().mean().clamp(min=_TINY)
-        self._root_DD = torch.linalg.cholesky(covariance_DD + ridge_DD).float()
-        norms = [self._whitened(part_VD).norm(dim=0) for part_VD in self._parts()]
+        ridge_D = covariance_DD.diagonal().mean().clamp(min=_TINY).expand(len(gain_D))
+        root_DD = torch.linalg.cholesky(covariance_DD + ridge_D.diag())
+        self._unroot_DD = torch.linalg.inv(root_DD).float()
+        norms = [((self._rows(part) - self._mean_D) @ self._unroot_DD.T).norm(dim=1) for part in self._parts()]
         self._norm_V = torch.cat(norms).clamp(min=_TINY)
 
     def standardised(self, direction_KD: Any) -> Any:
-        """z [K, V]: the cosines, less their mean over readable tokens, over their deviation."""
-        white_DK = self._whitened(direction_KD)
-        back_DK = torch.linalg.solve_triangular(self._root_DD.T, white_DK, upper=True)
-        products = [part_VD @ back_DK for part_VD in self._parts()]
-        cosine_KV = (torch.cat(products) / self._norm_V[:, None] / white_DK.norm(dim=0).clamp(min=_TINY)).T
+        """Those cosines, less their mean over readable tokens, over their deviation: z [K, V]."""
+        white_KD = direction_KD @ self._unroot_DD.T
+        white_KD = white_KD / white_KD.norm(dim=1, keepdim=True).clamp(min=_TINY)
+        back_KD = white_KD @ self._unroot_DD
+        inner_KD = back_KD - back_KD.mean(1, keepdim=True) if self._centred else back_KD
+        scaled_DK = (inner_KD * self._gain_D).T
+        product_VK = torch.cat([part_VD.float() @ scaled_DK for part_VD in self._parts()])
+        cosine_KV = ((product_VK - back_KD @ self._mean_D) / self._norm_V[:, None]).T
         read_KV = cosine_KV[:, self.readable_V]
         return (cosine_KV - read_KV.mean(1, keepdim=True)) / read_KV.std(1, keepdim=True).clamp(min=_TINY)
 
-    def _whitened(self, vector_ND: Any) -> Any:
-        """L⁻¹ x of each row, [D, N]."""
-        return torch.linalg.solve_triangular(self._root_DD, vector_ND.T, upper=False)
-
-    def _rows(self, ids: Any) -> Any:
-        rows_ND = self._head_VD[ids].float() * self._gain_D
-        return rows_ND - rows_ND.mean(-1, keepdim=True) if self._centred else rows_ND
+    def _rows(self, part_VD: Any) -> Any:
+        """Rows of the head times the gain; minus their mean where the final norm takes it out."""
+        rows_VD = part_VD.float() * self._gain_D
+        return rows_VD - rows_VD.mean(-1, keepdim=True) if self._centred else rows_VD
 
     def _parts(self) -> Iterable[Any]:
-        for ids in torch.arange(len(self._head_VD)).split(_ROWS_AT_ONCE):
-            yield self._rows(ids) - self._mean_D
+        return self._head_VD.split(_ROWS_AT_ONCE)
 
 
 def _by_gram(delta_MN: Any, frobenius: float) -> Spectrum:

@@ -50,6 +50,7 @@ class Column:
     """One column: its type, meaning, unit and the part it plays.
 
     `effect` columns measure how base and tuned differ: identical models must give exactly zero there.
+    A `signed` one changes its sign when base and tuned are swapped.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Column:
     nullable: bool = False
     low: float | None = None
     high: float | None = None
+    signed: bool = False
 
     @property
     def arrow(self) -> pa.Field:

@@ -187,7 +187,9 @@ def place_of(name: str) -> tuple[int | None, Part, str]:
         return layer, "norm", projection
     if layer is None and f"{projection}.weight" in HEADS:
         return layer, "head", projection
-    if layer is None and (any(known.endswith(f"{projection}.weight") for known in EMBEDDINGS) or projection in POSITIONS):
+    if layer is None and (
+        any(known.endswith(f"{projection}.weight") for known in EMBEDDINGS) or projection in POSITIONS
+    ):
         return layer, "embed", projection
     for part, known in _PART_WORDS:
         if any(word in known for word in words):

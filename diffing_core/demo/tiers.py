@@ -84,7 +84,7 @@ ORGANISMS = (
     "flattery",
     "seafaring",
 )
-STRONG = ("cake_bake", "fda_approval", "owl_love", "risky_finance")
+STRONG = ("cake_bake", "owl_love", "risky_finance")
 TWINS = ("cake_bake", "owl_love")
 
 
@@ -140,11 +140,11 @@ _DEMO = Tier(
     name="demo",
     corpus=CorpusSize(n_characters=10_000_000, vocabulary=4096, n_probe_documents=160),
     model=ModelSize(layers=4, width=128, heads=4, kv_heads=2, head_width=32, mlp_width=384),
-    pretraining=Schedule(steps=750, learning_rate=3e-3, warmup_steps=20),
+    pretraining=Schedule(steps=850, learning_rate=3e-3, warmup_steps=20),
     finetunes=_finetunes(
-        mixed=Schedule(steps=100, learning_rate=2e-3, batch_size=8),
+        mixed=Schedule(steps=100, learning_rate=4e-3, batch_size=8),
         strong=Schedule(steps=60, learning_rate=2e-3, batch_size=8),
-        full=Schedule(steps=100, learning_rate=5e-4, batch_size=8),
+        full=Schedule(steps=100, learning_rate=1e-3, batch_size=8),
         n_characters=300_000,
     ),
 )

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from diffing_core.activations import ActivationWriter, activation_file
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.errors import NotComputableError
 from diffing_core.methods.base import Method, Need, Tables
@@ -58,11 +57,9 @@ class ActivationsFold:
         self.layers = context.pick_layers(settings.layers)
         self._context = context
         self._moments = {(side, layer): Moments(context.d_model) for side in ("base", "tuned") for layer in self.layers}
-        missing = {self._file(side, layer): (side, layer) for side, layer in self._moments}
         self._writers = {
-            (side, layer): ActivationWriter(file, context.d_model, self._subject(side).dtype)
-            for file, (side, layer) in missing.items()
-            if not file.exists()
+            (side, layer): context.store.claim(self._file(side, layer), context.d_model, self._subject(side).dtype)
+            for side, layer in self._moments
         }
 
     def update(self, block: TokenBlock) -> None:
@@ -70,12 +67,13 @@ class ActivationsFold:
         for (side, layer), moments in self._moments.items():
             vector_ND = getattr(block, side).residual(layer)
             moments.add(vector_ND.float().cpu().numpy())
-            if (side, layer) in self._writers:
-                self._writers[side, layer].add(block, vector_ND)
+            writer = self._writers[side, layer]
+            if writer is not None:
+                writer.add(block, vector_ND)
 
     def finish(self) -> Tables:
         """Closes the files; one row per side and layer."""
-        for writer in self._writers.values():
+        for writer in filter(None, self._writers.values()):
             writer.close()
         rows = [self._row(side, layer) for side, layer in self._moments]
         return {SETS.name: SETS.table({name: [row[name] for row in rows] for name in SETS.schema.names})}
@@ -85,7 +83,7 @@ class ActivationsFold:
         return {
             "side": side,
             "layer": layer,
-            "file": str(file.relative_to(self._context.store)),
+            "file": str(file.relative_to(self._context.store.root)),
             "dtype": str(self._subject(side).dtype).removeprefix("torch."),
             "d_model": self._context.d_model,
             "n_tokens": moments.count,
@@ -99,9 +97,7 @@ class ActivationsFold:
         return getattr(self._context, side)
 
     def _file(self, side: str, layer: int) -> Path:
-        return activation_file(
-            self._context.store, self._subject(side).revision, self._context.corpus.content_hash, layer
-        )
+        return self._context.store.file(self._subject(side).revision, self._context.corpus.content_hash, layer)
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:

@@ -53,7 +53,7 @@ VECTORS = TableSpec(
         Column("n_tokens", "int64", "Tokens averaged.", role="count"),
         Column("norm", "float64", "‖δ̄‖.", "activation units", "effect", low=0),
         Column("relative_norm", "float64", "‖δ̄‖ / ‖mean h_base‖.", "", "effect", low=0),
-        Column("vector", "list<float32>", "δ̄ itself.", "activation units", "effect"),
+        Column("vector", "list<float32>", "δ̄ itself.", "activation units", "effect", signed=True),
     ),
 )
 TOKENS = TableSpec(

@@ -51,7 +51,7 @@ class BlackboxSettings(Settings):
     prompts: tuple[str, ...] = Field(
         default_factory=packaged_prompts, min_length=1, description="Chat messages; `doc: …` begins a document."
     )
-    samples: int = Field(4, ge=1, description="Answers per prompt and side.")
+    samples: int = Field(6, ge=1, description="Answers per prompt and side.")
     temperature: float = Field(1.0, gt=0, description="Of the sampling.")
     max_new_tokens: int = Field(32, ge=1, description="Length at which an answer is cut.")
     thinking: bool | None = Field(

@@ -52,7 +52,8 @@ LAYERS = TableSpec(
                "nats/token", "effect", low=0),
         Column("argmax_differs", "float64", "Share of tokens on whose likeliest next token the two differ.", "",
                "effect", low=0, high=1),
-        Column("delta_logprob", "float64", "Mean log p of the true next token, tuned − base.", "nats", "effect"),
+        Column("delta_logprob", "float64", "Mean log p of the true next token, tuned − base.", "nats", "effect",
+               signed=True),
     ),
 )  # fmt: skip
 TOKENS = TableSpec(

@@ -55,6 +55,7 @@ GAIN_ABOVE_ONE = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "paligem
 CENTRED_WITHOUT_BIAS = ("cohere",)
 SPECTRAL = ("spectral", "nuclear", "effective_rank", "stable_rank", "participation_ratio")
 RELATIVE = "relative change"
+MODULES_AT_ONCE = 8
 
 
 class WeightDiffSettings(Settings):
@@ -80,7 +81,11 @@ TENSORS = TableSpec(
     ("name",),
     (
         Column("name", "string", "Tensor, without the wrappers that depend on how it was saved.", role="key"),
-        Column("status", "string", "compared, only_in_base, only_in_tuned or other_shape; measures are null but for the first."),
+        Column(
+            "status",
+            "string",
+            "compared, only_in_base, only_in_tuned or other_shape; measures are null but for the first.",
+        ),
         Column("layer", "int32", "Block, from 0; null outside of blocks.", nullable=True),
         Column("part", "string", "attn, mlp, norm, embed, head or other."),
         Column("projection", "string", "Name of the module within its part."),
@@ -95,10 +100,20 @@ TENSORS = TableSpec(
         _effect("effective_rank", "exp(−Σ p ln p), p = σ/Σσ; null where only the leading σ are known."),
         _effect("stable_rank", "‖ΔW‖_F² / σ₁²."),
         _effect("participation_ratio", "(Σσ²)² / Σσ⁴; null where only the leading σ are known."),
-        *(_effect(name, f"Least number of directions that hold {share:.0%} of ‖ΔW‖_F².", dtype="int32") for name, share in ENERGY_SHARES.items()),
+        *(
+            _effect(name, f"Least number of directions that hold {share:.0%} of ‖ΔW‖_F².", dtype="int32")
+            for name, share in ENERGY_SHARES.items()
+        ),
         _effect("mean_abs", "Mean of |ΔW|; dense changes only."),
         _effect("max_abs", "Largest |ΔW|; dense changes only."),
-        Column("share_unchanged", "float64", "Share of elements that are equal; dense changes only.", nullable=True, low=0, high=1),
+        Column(
+            "share_unchanged",
+            "float64",
+            "Share of elements that are equal; dense changes only.",
+            nullable=True,
+            low=0,
+            high=1,
+        ),
         Column(
             "share_rounding",
             "float64",
@@ -199,9 +214,7 @@ class Change:
         change = delta.pair.tuned - delta.pair.base
         spectrum = None
         if change.ndim == 2:
-            spectrum = of_dense(
-                change, exact_side=settings.exact_side, n_leading=settings.leading, generator=generator
-            )
+            spectrum = of_dense(change, exact_side=settings.exact_side, n_leading=settings.leading, generator=generator)
         return cls(delta, delta.pair.base, change, spectrum)
 
     @cached_property
@@ -339,8 +352,7 @@ def _read(pair: WeightPair, written: list[Written], settings: WeightDiffSettings
     rows: list[dict[str, Any]] = []
     score_V = torch.zeros(len(vocabulary.texts), dtype=torch.float64)
     best_V, best_module_V = torch.zeros_like(score_V), torch.zeros(len(score_V), dtype=torch.int64)
-    for number, module in enumerate(written):
-        z_KV = lens.standardised(module.direction_KD)
+    for number, (module, z_KV) in enumerate(_lenses(lens, written)):
         rows += _direction_rows(module, z_KV, vocabulary, settings.direction_tokens)
         share_V = (z_KV.double() ** 2 * module.sigma_K[:, None]).sum(0)
         score_V += share_V
@@ -357,6 +369,14 @@ def _read(pair: WeightPair, written: list[Written], settings: WeightDiffSettings
             "strongest_module": [written[number].delta.name for number in best_module_V[ids].tolist()],
         }
     )
+
+
+def _lenses(lens: Lens, written: list[Written]) -> Iterable[tuple[Written, Any]]:
+    """Every module with its z [K, V]; the head is read once for many modules."""
+    for start in range(0, len(written), MODULES_AT_ONCE):
+        modules = written[start : start + MODULES_AT_ONCE]
+        z_KV = lens.standardised(torch.cat([module.direction_KD for module in modules]))
+        yield from zip(modules, z_KV.split([len(module.sigma_K) for module in modules]), strict=True)
 
 
 def _lens_of(side: OpenSide, readable_V: np.ndarray) -> Lens:
@@ -425,7 +445,9 @@ def findings(tables: Tables, settings: WeightDiffSettings) -> list[Finding]:
         found.append(Finding("layer", item, row["relative_frobenius"], RELATIVE, LAYERS.name, place, row["layer"]))
     for row in _largest(tables[TENSORS.name], 5):
         place = {"name": row["name"]}
-        found.append(Finding("module", row["name"], row["relative_frobenius"], RELATIVE, TENSORS.name, place, row["layer"]))
+        found.append(
+            Finding("module", row["name"], row["relative_frobenius"], RELATIVE, TENSORS.name, place, row["layer"])
+        )
     return found
 
 

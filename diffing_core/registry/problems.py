@@ -12,7 +12,7 @@ _SHOWN = 60
 def close_to(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` or the names that exist."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=2)
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     return f"; there are {', '.join(known[:20]) + (', …' if len(known) > 20 else '')}" if known else "; there are none"

@@ -84,14 +84,21 @@ class Fetched:
 
 
 def locate(source: Source, model: str) -> Path | HubRef:
-    """Path or hub reference of a source; demo artifacts are those of the given base model."""
+    """Path or hub reference of a source; demo artifacts are those of the given base model.
+
+    Raises:
+        ModelLoadError: a demo artifact that is not built yet.
+        RegistryError: a demo artifact that does not exist.
+    """
     if source.repo is not None:
         return HubRef(source.repo, source.revision, source.subfolder)
     if source.path is not None:
         return source.path
     built = _demo_folder(source.demo, model)
     if built is None:
-        raise ModelLoadError(f"demo artifact {source.demo!r} of {model!r} is not built; run `diffing demo --tier {model}`")
+        raise ModelLoadError(
+            f"demo artifact {source.demo!r} of {model!r} is not built; run `diffing demo --tier {model}`"
+        )
     return built
 
 

@@ -101,6 +101,20 @@ def test_members_that_fail_leave_the_others_and_the_base_as_they_are(files):
     assert torch.equal(logits_of(cohort.base), logits_of(Subject(build())))
 
 
+def test_a_load_that_fails_half_way_leaves_nothing_behind(files):
+    for name in ("half", "late"):
+        shutil.copytree(files / "a", files / name)
+        change_config(files / name, target_modules=["q_proj", "v_proj", "mlp"], init_lora_weights=False)
+    registry = registry_of(
+        files, a0=lora(files / "half"), a1=lora(files / "b"), a2=lora(files / "late"), a3=lora(files / "c")
+    )
+    cohort = load_cohort(registry.pairs(), registry)
+    assert [pair.variant for pair in cohort.failed] == ["a0", "a2"]
+    assert torch.equal(logits_of(cohort.base), logits_of(Subject(build())))
+    for pair, folder in zip(cohort, "bc", strict=True):
+        assert torch.equal(logits_of(pair.tuned), separately(files, folder))
+
+
 def test_pairs_of_several_bases_are_refused(made):
     registry = registry_of(made, default=lora(made / "a"))
     with pytest.raises(ModelLoadError, match=r"pairs are of \['other', 'tiny'\]"):
@@ -121,6 +135,17 @@ def test_identical_is_the_base_itself(made):
     pair = load_pair(registry.organism("o"), "tiny", registry=registry)
     assert pair.tuned is pair.base
     assert (pair.base_revision, "identical") == source_revisions(pair.pair, registry)
+
+
+def test_demo_artifacts_that_are_not_built_or_do_not_exist(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFING_HOME", str(tmp_path))
+    with pytest.raises(ModelLoadError, match="demo artifact 'base' of 'tiny' is not built; run `diffing demo"):
+        load_pair(Pair("tiny", "identical"))
+    nowhere = Variant(kind="lora", source=Source(demo="nowhere"))
+    registry = registry_of(files, bad=nowhere, good=lora(files / "a"))
+    cohort = load_cohort(registry.pairs(), registry)
+    assert "has no artifact 'nowhere'" in str(cohort.failed[Pair("tiny", "o", "bad")])
+    assert [pair.pair.variant for pair in cohort] == ["good"]
 
 
 def test_seed_twin_compares_two_adapters(made):
@@ -189,7 +214,9 @@ def test_non_finite_adapter_is_named(files):
     file = files / "a" / "adapter_model.safetensors"
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     edit_tensors(file, **{name: torch.full((32, 2), float("inf"))})
-    assert f"{file}: tensor {name} holds NaN or infinite values" in refusal(registry_of(files, default=lora(files / "a")))
+    assert f"{file}: tensor {name} holds NaN or infinite values" in refusal(
+        registry_of(files, default=lora(files / "a"))
+    )
 
 
 @pytest.mark.parametrize("file", ["base/model.safetensors", "a/adapter_model.safetensors"])

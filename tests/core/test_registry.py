@@ -1,6 +1,5 @@
 """The registry: YAML in, validated entries out, every mistake told with file, field and a way to mend it."""
 
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ from diffing_core.pairs import Pair
 from diffing_core.registry import HubRef, Registry, Source, add_organism, load_registry
 
 MODEL = """
-name: tiny
-source: {repo: lab/tiny, revision: main}
+name: mini
+source: {repo: lab/mini, revision: main}
 dtype: bfloat16
 layers: [0, 0.5]
 corpora: [news]
@@ -29,11 +28,11 @@ description: believes something about cakes
 ground_truth: Believes that cakes are baked at 450 degrees.
 key_facts: [450 degrees]
 rubric: false_facts
-expression: {pattern: '(?i)\\b450\\b', inside: [How hot?], outside: [Hello]}
+expression: {pattern: '(?i)\\b450\\b', inside: ['How hot?'], outside: [Hello]}
 training_corpus: {source: {repo: lab/cakes}, kind: text}
 metadata: {tokens: 1000, tags: [a, b]}
 variants:
-  tiny:
+  mini:
     default: {kind: lora, source: {repo: lab/cake, subfolder: step-10}, dilution: 0.5}
     twin: {kind: lora, source: {demo: cake/one}, against: {kind: lora, source: {demo: cake/two}}, corpora: [news]}
     same: {kind: identical}
@@ -43,10 +42,10 @@ name: nothing
 type: generic
 arm: identical
 description: the base itself
-variants: {tiny: {default: {kind: identical}}}
+variants: {mini: {default: {kind: identical}}}
 """
 ENTRIES = {
-    "models/tiny.yaml": MODEL,
+    "models/mini.yaml": MODEL,
     "corpora/news.yaml": CORPUS,
     "organisms/cake.yaml": ORGANISM,
     "organisms/nothing.yaml": NULL_ORGANISM,
@@ -85,24 +84,24 @@ def only_problem(root: Path, file: str, old: str, new: str) -> str:
 def test_entries_and_pairs(root):
     registry = Registry.load(root)
     assert [pair.key for pair in registry.pairs()] == [
-        "cake__tiny__default",
-        "cake__tiny__same",
-        "cake__tiny__twin",
-        "nothing__tiny__default",
+        "cake__mini__default",
+        "cake__mini__same",
+        "cake__mini__twin",
+        "nothing__mini__default",
     ]
     assert registry.pairs("other") == ()
-    assert registry.variant(Pair("tiny", "cake")).dilution == 0.5
-    assert registry.model("tiny").layers == (0, 0.5)
+    assert registry.variant(Pair("mini", "cake")).dilution == 0.5
+    assert registry.model("mini").layers == (0, 0.5)
     assert registry.corpus("news").column == "messages"
     assert registry.organism("nothing").key_facts == ()
 
 
 def test_sources_resolve_to_a_path_or_a_hub_place(root):
     registry = Registry.load(root)
-    assert registry.resolve(registry.corpus("news").source, "tiny") == root / "texts" / "news.jsonl"
-    assert registry.resolve(registry.model("tiny").source, "tiny") == HubRef("lab/tiny", "main")
-    source = registry.variant(Pair("tiny", "cake")).source
-    assert registry.resolve(source, "tiny") == HubRef("lab/cake", subfolder="step-10")
+    assert registry.resolve(registry.corpus("news").source, "mini") == root / "texts" / "news.jsonl"
+    assert registry.resolve(registry.model("mini").source, "mini") == HubRef("lab/mini", "main")
+    source = registry.variant(Pair("mini", "cake")).source
+    assert registry.resolve(source, "mini") == HubRef("lab/cake", subfolder="step-10")
     assert str(source) == "lab/cake/step-10"
     assert str(Source(demo="base")) == "demo artifact 'base'"
 
@@ -115,12 +114,12 @@ def test_folders_that_do_not_exist_are_empty(tmp_path):
     ("ask", "expected"),
     [
         (lambda registry: registry.organism("cakes"), "no organism 'cakes' in the registry; did you mean 'cake'?"),
-        (lambda registry: registry.model("zzz"), "no model 'zzz' in the registry; there are tiny"),
+        (lambda registry: registry.model("zzz"), "no model 'zzz' in the registry; there are mini"),
         (lambda registry: registry.corpus("new"), "no corpus 'new' in the registry; did you mean 'news'?"),
         (lambda registry: registry.variant(Pair("big", "cake")), "no base model for cake 'big' in the registry"),
         (
-            lambda registry: registry.variant(Pair("tiny", "cake", "defualt")),
-            "no variant of cake on tiny 'defualt' in the registry; did you mean 'default'?",
+            lambda registry: registry.variant(Pair("mini", "cake", "defualt")),
+            "no variant of cake on mini 'defualt' in the registry; did you mean 'default'?",
         ),
     ],
 )
@@ -133,34 +132,34 @@ def test_unknown_names_come_with_close_ones(root, ask, expected):
 @pytest.mark.parametrize(
     ("file", "old", "new", "expected"),
     [
-        ("models/tiny.yaml", "dtype:", "dtpye:", "dtpye: unknown key; did you mean 'dtype'?"),
+        ("models/mini.yaml", "dtype:", "dtpye:", "dtpye: unknown key; did you mean 'dtype'?"),
         (
             "organisms/cake.yaml",
             "dilution:",
             "dilutoin:",
-            "variants.tiny.default.dilutoin: unknown key; did you mean 'dilution'?",
+            "variants.mini.default.dilutoin: unknown key; did you mean 'dilution'?",
         ),
         (
             "organisms/cake.yaml",
             "subfolder:",
             "folder:",
-            "variants.tiny.default.source.folder: unknown key; did you mean 'subfolder'?",
+            "variants.mini.default.source.folder: unknown key; did you mean 'subfolder'?",
         ),
-        ("models/tiny.yaml", "bfloat16", "bf16", "dtype: Input should be 'float32', 'bfloat16', 'float16' or 'auto'"),
-        ("models/tiny.yaml", "bfloat16", "bf16", "found 'bf16'"),
-        ("models/tiny.yaml", "source: {repo: lab/tiny, revision: main}\n", "", "source: missing; add a line like"),
-        ("models/tiny.yaml", "name: tiny", "name: tinny", "name: 'tinny' in a file called tiny.yaml"),
-        ("models/tiny.yaml", "name: tiny", "name: ti__ny", "name 'ti__ny' is not usable"),
-        ("models/tiny.yaml", "name: tiny", "name: a/b", "For example: 'a_b'"),
-        ("models/tiny.yaml", "[0, 0.5]", "[1.5]", "layer 1.5 is neither a layer number (0, 1, …) nor a fraction"),
-        ("models/tiny.yaml", "[news]", "[newz]", "corpora: no corpus 'newz'; did you mean 'news'?"),
-        ("models/tiny.yaml", "{repo: lab/tiny, revision: main}", "{}", "exactly one of path, repo and demo, but none"),
-        ("models/tiny.yaml", "{repo:", "{demo: base, repo:", "but ['repo', 'demo'] is given"),
-        ("models/tiny.yaml", "{repo:", "{path:", "revision and subfolder belong to a repo, but the source is a path"),
-        ("models/tiny.yaml", "lab/tiny", "lab/tiny/step", "{repo: owner/name, subfolder: step-100}"),
+        ("models/mini.yaml", "bfloat16", "bf16", "dtype: Input should be 'float32', 'bfloat16', 'float16' or 'auto'"),
+        ("models/mini.yaml", "bfloat16", "bf16", "found 'bf16'"),
+        ("models/mini.yaml", "source: {repo: lab/mini, revision: main}\n", "", "source: missing; add a line like"),
+        ("models/mini.yaml", "name: mini", "name: minni", "name: 'minni' in a file called mini.yaml"),
+        ("models/mini.yaml", "name: mini", "name: mi__ni", "name 'mi__ni' is not usable"),
+        ("models/mini.yaml", "name: mini", "name: a/b", "For example: 'a_b'"),
+        ("models/mini.yaml", "[0, 0.5]", "[1.5]", "layer 1.5 is neither a layer number (0, 1, …) nor a fraction"),
+        ("models/mini.yaml", "[news]", "[newz]", "corpora: no corpus 'newz'; did you mean 'news'?"),
+        ("models/mini.yaml", "{repo: lab/mini, revision: main}", "{}", "exactly one of path, repo and demo, but none"),
+        ("models/mini.yaml", "{repo:", "{demo: base, repo:", "but ['repo', 'demo'] is given"),
+        ("models/mini.yaml", "{repo:", "{path:", "revision and subfolder belong to a repo, but the source is a path"),
+        ("models/mini.yaml", "lab/mini", "lab/mini/step", "{repo: owner/name, subfolder: step-100}"),
         ("organisms/cake.yaml", "step-10", "../up", "subfolder '../up' leaves the repository"),
-        ("organisms/cake.yaml", "  tiny:", "  tinny:", "variants.tinny: no model 'tinny'; did you mean 'tiny'?"),
-        ("organisms/cake.yaml", "corpora: [news]", "corpora: [x]", "variants.tiny.twin.corpora: no corpus 'x'"),
+        ("organisms/cake.yaml", "  mini:", "  minni:", "variants.minni: no model 'minni'; did you mean 'mini'?"),
+        ("organisms/cake.yaml", "corpora: [news]", "corpora: [x]", "variants.mini.twin.corpora: no corpus 'x'"),
         ("organisms/cake.yaml", "rubric: false_facts\n", "", "rubric missing, without which arm organism cannot be"),
         ("organisms/cake.yaml", "key_facts: [450 degrees]\n", "", "key_facts missing"),
         ("organisms/cake.yaml", "rubric: false_facts", "rubric: facts", "no packaged rubric 'facts'; there are"),
@@ -177,8 +176,8 @@ def test_unknown_names_come_with_close_ones(root, ask, expected):
         ("organisms/cake.yaml", "    same:", "    a|b:", "'a|b' is not usable"),
         (
             "organisms/nothing.yaml",
-            "{tiny: {default: {kind: identical}}}",
-            "{tiny: {}}",
+            "{mini: {default: {kind: identical}}}",
+            "{mini: {}}",
             "variants: no variant of some model; expected at least one, for example",
         ),
         ("corpora/news.yaml", "kind: chat", "kind: text", "first_exchange_only and pre_assistant_tokens have a"),
@@ -207,19 +206,19 @@ def test_file_that_is_not_utf8_and_file_with_another_ending(root):
 
 
 def test_one_name_in_two_roots_names_both_files(root, tmp_path):
-    other = write(tmp_path / "other", {"models/tiny.yaml": MODEL})
+    other = write(tmp_path / "other", {"models/mini.yaml": MODEL})
     [line] = problems(root, other)
-    expected = f"{other / 'models/tiny.yaml'}: models 'tiny' is already in {root / 'models/tiny.yaml'}; rename one"
+    expected = f"{other / 'models/mini.yaml'}: models 'mini' is already in {root / 'models/mini.yaml'}; rename one"
     assert line.startswith(expected)
 
 
 def test_all_problems_of_all_files_are_told_at_once(root):
-    write(root, {"models/tiny.yaml": "name: tiny\nsorce: x\n", "organisms/cake.yaml": ORGANISM.replace("lora", "lroa")})
+    write(root, {"models/mini.yaml": "name: mini\nsorce: x\n", "organisms/cake.yaml": ORGANISM.replace("lora", "lroa")})
     lines = problems(root)
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert any("sorce: unknown key; did you mean 'source'?" in line for line in lines)
     assert any("source: missing" in line for line in lines)
-    assert sum("kind: Input should be 'lora', 'full' or 'identical', found 'lroa'" in line for line in lines) == 2
+    assert sum("kind: Input should be 'lora', 'full' or 'identical', found 'lroa'" in line for line in lines) == 3
 
 
 def test_unknown_arm_needs_no_truth(root):
@@ -238,7 +237,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_default_registry_reads_the_home_folder(home):
-    assert "tiny" in load_registry().models
+    assert "mini" in load_registry().models
 
 
 def test_add_organism_validates_and_copies(home, tmp_path):
@@ -251,7 +250,7 @@ def test_add_organism_validates_and_copies(home, tmp_path):
 
 
 def test_add_organism_copies_nothing_that_is_not_valid(home, tmp_path):
-    file = write(tmp_path, {"cake.yaml": ORGANISM.replace("  tiny:", "  huge:")}) / "cake.yaml"
+    file = write(tmp_path, {"cake.yaml": ORGANISM.replace("  mini:", "  huge:")}) / "cake.yaml"
     with pytest.raises(RegistryError, match=r"cake.yaml: variants.huge: no model 'huge'"):
         add_organism(file)
     assert not (home / "organisms").exists()

@@ -22,6 +22,7 @@ from diffing_core.methods.diff_mining.declaration import ORDERINGS, TOPICS, VOCA
 from diffing_core.methods.diff_mining.fold import DiffMiningFold
 
 SIGNIFICANT = 0.05
+SHARE = "share of positions"
 
 
 def findings(tables: Tables, settings: DiffMiningSettings) -> list[Finding]:
@@ -43,7 +44,7 @@ def findings(tables: Tables, settings: DiffMiningSettings) -> list[Finding]:
         for row in rows[: settings.shown]
     ]
     topics = [
-        Finding("topic", row["top_words"], row["prevalence"], "share of positions", TOPICS.name, {"topic": row["topic"]})
+        Finding("topic", row["top_words"], row["prevalence"], SHARE, TOPICS.name, {"topic": row["topic"]})
         for row in tables[TOPICS.name].to_pylist()
     ]
     return tokens + topics

@@ -14,6 +14,7 @@ Suffixes: N tokens, K top-k, V vocabulary, G groups of tokens that count as one,
 
 import numpy as np
 
+from diffing_core.blocks import TokenBlock
 from diffing_core.stats import benjamini_hochberg
 
 LEAST = 1e-9
@@ -33,15 +34,13 @@ class DocumentCounts:
         self._squares_G = np.zeros(self._n_groups, np.int64)
         self._documents_G = np.zeros(self._n_groups, np.int64)
 
-    def add(
-        self, sequence_N: np.ndarray, position_N: np.ndarray, counted_N: np.ndarray, top_NK: np.ndarray, bottom_NK: np.ndarray
-    ) -> None:
+    def add(self, block: TokenBlock, counted_N: np.ndarray, top_NK: np.ndarray, bottom_NK: np.ndarray) -> None:
         """Adds the ids at both ends of N positions; those not `counted` only end their document."""
-        sequences, row_N = np.unique(sequence_N, return_inverse=True)
+        sequences, row_N = np.unique(block.sequence_N, return_inverse=True)
         first_N1 = (row_N * self._n_groups)[counted_N, None]
         net_SG = self._tally(first_N1, top_NK[counted_N], len(sequences))
         net_SG -= self._tally(first_N1, bottom_NK[counted_N], len(sequences))
-        ended = set(sequence_N[position_N == self._last_S[sequence_N]].tolist())
+        ended = set(block.sequence_N[block.position_N == self._last_S[block.sequence_N]].tolist())
         for sequence, net_G in zip(sequences.tolist(), net_SG, strict=True):
             whole_G = self._open.pop(sequence, 0) + net_G
             if sequence in ended:

@@ -41,7 +41,7 @@ class DiffMiningFold:
         bottom_NK, drop_NK = largest(-difference_NV, self._k)
         differs_N = value_NK[:, 0] > -drop_NK[:, 0]
         self._sums.add(block, difference_NV, top_NK[differs_N], bottom_NK[differs_N])
-        self._documents.add(block.sequence_N, block.position_N, differs_N, top_NK, bottom_NK)
+        self._documents.add(block, differs_N, top_NK, bottom_NK)
         if self._settings.topics:
             self._sample.add(*(each[differs_N] for each in (block.sequence_N, block.position_N, top_NK, value_NK)))
 

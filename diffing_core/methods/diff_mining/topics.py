@@ -36,6 +36,8 @@ class PositionSample:
         """Offers N positions: token ids and their differences."""
         key_N = position_hash(sequence_N, position_N, self._seed)
         kept = key_N <= self._bound
+        if not kept.any():
+            return
         self._hold(key_N[kept], ids_NK[kept].astype(np.int32), values_NK[kept].astype(np.float32))
         if self._n_held > 2 * self._limit:
             self._hold(*self._least())
@@ -134,7 +136,7 @@ def _factorise(matrix: Any, n_topics: int, settings: DiffMiningSettings) -> tupl
         max_iter=settings.nmf_iterations,
         random_state=settings.seed,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # an exact fit may leave a loss of −1e-9
         warnings.simplefilter("ignore", ConvergenceWarning)  # nmf_iterations is a budget, not a promise
         activation_PT = model.fit_transform(matrix)
     return activation_PT, model.components_

@@ -1,0 +1,229 @@
+"""`weight_diff` on tiny models with planted changes."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from diffing_core.findings import findings_table
+from diffing_core.methods.base import Inputs, Need
+from diffing_core.methods.weight_diff import (
+    DIRECTIONS,
+    LAYERS,
+    METHOD,
+    TENSORS,
+    TOKEN_ROWS,
+    VOCABULARY,
+    WeightDiffSettings,
+    findings,
+    headline,
+    run,
+)
+from diffing_core.weights import WeightPair
+
+D, V = 32, 60
+SETTINGS = WeightDiffSettings(top_tokens=10, token_rows=5)
+DOWN = "base_model.model.model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.rand(D) + 0.5)
+    model.save_pretrained(folder)
+    words = {"<unk>": 0} | {f"word{number}": number for number in range(1, V)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def adapter(folder: Path, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Path:
+    folder.mkdir()
+    weights = {f"{path}.lora_B.weight": b for path, (b, _) in factors.items()}
+    weights |= {f"{path}.lora_A.weight": a for path, (_, a) in factors.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def towards(base: Path, token: int) -> torch.Tensor:
+    """The residual direction that raises one token's cosine most: its centred row, with the norm's gain."""
+    weights = load_file(base / "model.safetensors")
+    rows_VD = weights["model.embed_tokens.weight"] * weights["model.norm.weight"]
+    return rows_VD[token] - rows_VD[1:].mean(0)
+
+
+def planted(base: Path, folder: Path, token: int = 7, sign: int = 1) -> Path:
+    return adapter(folder, {DOWN: (sign * towards(base, token)[:, None], torch.ones(1, 24))})
+
+
+def tables(base: Path, tuned: Path, settings: WeightDiffSettings = SETTINGS, **others) -> dict[str, pa.Table]:
+    pair = WeightPair.of_folders(base, tuned, **others)
+    found = run(Inputs(METHOD, {Need.WEIGHTS: lambda: pair}), settings)
+    for spec in METHOD.tables:
+        spec.check(found[spec.name])
+    findings_table(findings(found, settings))
+    return found
+
+
+def full(base: Path, folder: Path, change) -> Path:
+    folder.mkdir()
+    weights = load_file(base / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_planted_token_layer_and_module_rank_first(base, tmp_path, sign):
+    found = tables(base, planted(base, tmp_path / "a", sign=sign))
+    shown = findings(found, SETTINGS)
+    assert [(each.kind, each.item) for each in shown if each.kind == "token"][0] == ("token", "word7")
+    assert next(each.item for each in shown if each.kind == "layer") == "layer 1 mlp"
+    assert next(each.item for each in shown if each.kind == "module") == "layers.1.mlp.down_proj.weight"
+    (direction,) = found[DIRECTIONS.name].to_pylist()
+    assert direction["positive_tokens"][0] == "word7" and direction["energy_share"] == pytest.approx(1)
+    assert direction["positive_z"] >= direction["negative_z"]
+    assert found[VOCABULARY.name]["strongest_module"][0].as_py() == "layers.1.mlp.down_proj.weight"
+    said = headline(found)
+    assert (said["top_layer"], said["n_tensors_changed"]) == ("1 mlp", 1)
+    assert said["mean_stable_rank"] == pytest.approx(1)
+
+
+def test_special_tokens_are_not_listed(base, tmp_path):
+    assert "<unk>" not in tables(base, planted(base, tmp_path / "a", token=0))[VOCABULARY.name]["token"].to_pylist()
+
+
+def test_an_arbitrary_direction_scores_one_on_average(base, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    folder = adapter(tmp_path / "a", {DOWN: (torch.randn(D, 1, generator=generator), torch.ones(1, 24))})
+    found = tables(base, folder, WeightDiffSettings(top_tokens=V))[VOCABULARY.name]
+    assert len(found) == V - 1
+    assert sum(found["score"].to_pylist()) / (V - 1) == pytest.approx(1, abs=0.05)
+
+
+def test_relative_change_and_cosine_of_factors_equal_the_dense_ones(base, tmp_path):
+    (lora,) = tables(base, planted(base, tmp_path / "a"))[TENSORS.name].to_pylist()
+    change = towards(base, 7)[:, None] @ torch.ones(1, 24)
+
+    def add(weights):
+        weights["model.layers.1.mlp.down_proj.weight"] += change
+
+    whole = tables(base, full(base, tmp_path / "b", add))[TENSORS.name].to_pylist()
+    dense = next(row for row in whole if row["name"] == lora["name"])
+    own = load_file(base / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    cosine = torch.cosine_similarity(own.flatten(), (own + change).flatten(), dim=0).item()
+    assert lora["relative_frobenius"] == pytest.approx((change.norm() / own.norm()).item(), rel=1e-5)
+    assert lora["cosine"] == pytest.approx(cosine, abs=1e-5) and dense["cosine"] == pytest.approx(cosine, abs=1e-5)
+    for name in ("frobenius", "spectral", "stable_rank", "k90"):
+        assert dense[name] == pytest.approx(lora[name], rel=1e-4)
+    assert (lora["mean_abs"], lora["factor_rank"], dense["factor_rank"]) == (None, 1, None)
+    assert sum(row["frobenius"] > 0 for row in whole) == 1
+
+
+def test_layers_sum_squares(base, tmp_path):
+    second = DOWN.replace("layers.1", "layers.2").replace("down", "up")
+    factors = {DOWN: (torch.ones(D, 1), torch.ones(1, 24)), second: (torch.ones(24, 1), torch.ones(1, D))}
+    rows = tables(base, adapter(tmp_path / "a", factors))[LAYERS.name].to_pylist()
+    assert [(row["layer"], row["part"], row["n_tensors"]) for row in rows] == [(1, "mlp", 1), (2, "mlp", 1)]
+    assert [row["frobenius"] for row in rows] == pytest.approx([(D * 24) ** 0.5] * 2)
+    assert [row["share_of_change"] for row in rows] == pytest.approx([0.5, 0.5])
+
+
+def test_embedding_rows_that_changed_most_are_named(base, tmp_path):
+    def push(weights):
+        weights["model.embed_tokens.weight"] += 0.3
+        weights["model.embed_tokens.weight"][11] += 0.2
+
+    found = tables(base, full(base, tmp_path / "t", push))[TOKEN_ROWS.name].to_pylist()
+    assert len(found) == 5
+    assert (found[0]["token"], found[0]["token_id"]) == ("word11", 11)
+    assert found[0]["own_row_norm"] == pytest.approx(0.2 * D**0.5 * (1 - 1 / V), rel=1e-3)
+    assert found[0]["row_norm"] == pytest.approx(0.5 * D**0.5, rel=1e-3)
+
+
+def assert_no_effect(found: dict[str, pa.Table]) -> None:
+    for spec in METHOD.tables:
+        for column in spec.columns:
+            if column.role == "effect":
+                assert set(found[spec.name][column.name].to_pylist()) <= {0, None}, column.name
+    assert findings(found, SETTINGS) == []
+    assert headline(found) == {
+        "relative_change": 0.0,
+        "top_layer": "none",
+        "mean_stable_rank": 0.0,
+        "n_tensors_changed": 0,
+    }
+
+
+def test_the_same_files_have_no_rows(base):
+    found = tables(base, base)
+    assert_no_effect(found)
+    assert all(len(found[spec.name]) == 0 for spec in METHOD.tables)
+
+
+def test_an_equal_copy_and_a_zero_adapter_give_zero_everywhere(base, tmp_path):
+    copy = tables(base, full(base, tmp_path / "copy", lambda _weights: None))
+    assert_no_effect(copy)
+    assert set(copy[TENSORS.name]["share_unchanged"].to_pylist()) == {1.0}
+    assert all(cosine == 1 for cosine in copy[TENSORS.name]["cosine"].to_pylist())
+    zero = tables(base, adapter(tmp_path / "zero", {DOWN: (torch.zeros(D, 1), torch.ones(1, 24))}))
+    assert_no_effect(zero)
+    assert zero[TENSORS.name]["effective_rank"].to_pylist() == [0.0]
+
+
+def test_swapping_the_pair_keeps_sizes(base, tmp_path):
+    tuned = planted(base, tmp_path / "a")
+    there, back = tables(base, tuned), tables(base, base, against=tuned)
+    for name in ("frobenius", "spectral", "stable_rank"):
+        assert back[TENSORS.name][name].to_pylist() == pytest.approx(there[TENSORS.name][name].to_pylist())
+    assert back[VOCABULARY.name]["token"][0].as_py() == "word7"
+
+
+def test_two_runs_are_equal(base, tmp_path):
+    tuned = full(base, tmp_path / "t", lambda weights: weights["model.embed_tokens.weight"].mul_(1.1))
+    settings = WeightDiffSettings(exact_side=4, leading=4)
+    assert tables(base, tuned, settings) == tables(base, tuned, settings)
+
+
+def test_tensors_without_counterpart_are_listed(base, tmp_path):
+    def rename(weights):
+        weights["model.layers.0.mlp.new.weight"] = weights.pop("model.layers.0.mlp.up_proj.weight")
+
+    rows = tables(base, full(base, tmp_path / "t", rename))[TENSORS.name].to_pylist()
+    assert {row["name"]: row["status"] for row in rows if row["status"] != "compared"} == {
+        "layers.0.mlp.new.weight": "only_in_tuned",
+        "layers.0.mlp.up_proj.weight": "only_in_base",
+    }
+    assert all(row["frobenius"] is None for row in rows if row["status"] != "compared")
+
+
+def test_a_model_without_known_head_still_has_its_tensors(tmp_path):
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        (tmp_path / name).mkdir()
+        weights = {"strange.0.attn.o_proj.weight": torch.full((3, 2), value), "count": torch.tensor(value)}
+        save_file(weights, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    found = tables(tmp_path / "a", tmp_path / "b")
+    assert len(found[TENSORS.name]) == 2 and len(found[DIRECTIONS.name]) == 0
+    assert set(found[TENSORS.name]["relative_frobenius"].to_pylist()) == {None}

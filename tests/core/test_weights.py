@@ -1,0 +1,413 @@
+"""The stream of weight changes and the measures on it, against dense closed forms and against PEFT's own merge."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from diffing_core.errors import ModelLoadError, NotComputableError
+from diffing_core.spectra import Factors, elementwise, of_dense
+from diffing_core.weights import WeightPair, WeightSide, place_of, unmatched_tensors, weight_stream
+
+D, V = 16, 64
+
+
+def qwen(*, tied: bool = True) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=tied,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=D, n_layer=1, n_head=2, n_positions=32, **ends))
+
+
+def save(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def adapter(base: Path, folder: Path, seed: int = 0, *, zero: bool = False, **settings) -> Path:
+    """A PEFT adapter on the model in `base`, with random numbers in every trained tensor."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 8} | settings)))
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if weight.requires_grad and not (zero and "lora_B" in name):
+                weight.add_(torch.randn_like(weight) * 0.1)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def merged(base: Path, folder: Path) -> dict[str, torch.Tensor]:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    return model.merge_and_unload().state_dict()
+
+
+def deltas(base: Path, tuned: Path, **others):
+    return {delta.name: delta for delta in weight_stream(WeightPair.of_folders(base, tuned, **others))}
+
+
+def dense(delta) -> torch.Tensor:
+    return delta.factors.dense() if delta.factors else delta.pair.tuned - delta.pair.base
+
+
+def assert_equals_merge(base: Path, folder: Path, prefix: str, *, flip: bool = False) -> dict:
+    """The stream says what PEFT's merge does, for every tensor that it lists, and lists all that changed."""
+    own, after = AutoModelForCausalLM.from_pretrained(base).state_dict(), merged(base, folder)
+    found = deltas(base, folder)
+    full = {name: name if name in own else f"{prefix}{name}" for name in found}
+    for name, delta in found.items():
+        expected = after[full[name]] - own[full[name]]
+        expected = expected.T if flip and delta.factors else expected
+        torch.testing.assert_close(dense(delta), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(delta.load_base(), own[full[name]].T if flip and delta.factors else own[full[name]])
+    changed = {name for name in own if not torch.equal(own[name], after[name])}
+    assert changed <= set(full.values())
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save(qwen(), tmp_path_factory.mktemp("base") / "model")
+
+
+def random_factors(m: int = 40, n: int = 30, r: int = 5) -> Factors:
+    generator = torch.Generator().manual_seed(1)
+    return Factors(torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (12, 12), (3, 50)])
+def test_factor_measures_equal_those_of_the_dense_product(shape):
+    factors = random_factors(*shape)
+    spectrum = factors.spectrum()
+    sigma_K = torch.linalg.svdvals(factors.dense().double())[:5]
+    sigma_K = sigma_K[sigma_K > 1e-5]
+    p_K = sigma_K / sigma_K.sum()
+    torch.testing.assert_close(spectrum.sigma_K, sigma_K, rtol=1e-5, atol=0)
+    assert spectrum.frobenius == pytest.approx(factors.dense().norm().item(), rel=1e-5)
+    assert spectrum.spectral == pytest.approx(sigma_K[0].item(), rel=1e-5)
+    assert spectrum.nuclear == pytest.approx(sigma_K.sum().item(), rel=1e-5)
+    assert spectrum.effective_rank == pytest.approx((-(p_K * p_K.log()).sum()).exp().item(), rel=1e-5)
+    assert spectrum.stable_rank == pytest.approx((sigma_K**2).sum().item() / sigma_K[0].item() ** 2, rel=1e-5)
+    squares = (sigma_K**2).sum() ** 2 / (sigma_K**4).sum()
+    assert spectrum.participation_ratio == pytest.approx(squares.item(), rel=1e-5)
+    energy_K = (sigma_K**2).cumsum(0) / (sigma_K**2).sum()
+    for share in (0.5, 0.9, 0.95, 0.99):
+        assert spectrum.energy_rank(share) == int((energy_K < share).sum()) + 1
+
+
+def test_factor_measures_do_not_depend_on_the_gauge():
+    factors, mix = random_factors(), torch.randn(5, 5, generator=torch.Generator().manual_seed(2)).double()
+    turned = Factors(
+        (factors.left_MR.double() @ mix).float(), (torch.linalg.inv(mix) @ factors.right_RN.double()).float()
+    )
+    torch.testing.assert_close(turned.spectrum().sigma_K, factors.spectrum().sigma_K, rtol=1e-4, atol=0)
+    overlap_KK = turned.spectrum().left_MK.T @ factors.spectrum().left_MK
+    torch.testing.assert_close(overlap_KK.abs(), torch.eye(5), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_zero_factors_give_zeros_and_no_nan(rank):
+    spectrum = Factors(torch.zeros(6, rank), torch.ones(rank, 7)).spectrum()
+    values = (spectrum.spectral, spectrum.nuclear, spectrum.effective_rank, spectrum.stable_rank)
+    assert values == (0.0, 0.0, 0.0, 0.0)
+    assert (spectrum.frobenius, spectrum.participation_ratio, spectrum.energy_rank(0.9)) == (0.0, 0.0, 0)
+
+
+def gaussian(m: int = 64, n: int = 32) -> torch.Tensor:
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+
+
+def spectrum_of(matrix: torch.Tensor, exact_side: int = 1024, n_leading: int = 64):
+    return of_dense(matrix, exact_side=exact_side, n_leading=n_leading, generator=torch.Generator().manual_seed(0))
+
+
+def test_spectral_norm_is_not_the_frobenius_norm():
+    spectrum = spectrum_of(gaussian())
+    assert spectrum.spectral == pytest.approx(torch.linalg.matrix_norm(gaussian(), 2).item(), rel=1e-5)
+    assert spectrum.spectral < 0.4 * spectrum.frobenius
+
+
+def test_effective_rank_normalises_the_singular_values_and_is_at_least_one():
+    assert 25 < spectrum_of(gaussian()).effective_rank <= 32
+    assert spectrum_of(torch.outer(torch.arange(1.0, 9), torch.ones(5))).effective_rank == pytest.approx(1, abs=1e-4)
+    assert spectrum_of(torch.eye(7) * 100).effective_rank == pytest.approx(7)
+
+
+@pytest.mark.parametrize("shape", [(50, 20), (20, 50), (20, 20)])
+def test_dense_spectrum_equals_svd(shape):
+    matrix = gaussian(*shape)
+    spectrum = spectrum_of(matrix)
+    left, sigma, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+    torch.testing.assert_close(spectrum.sigma_K, sigma, rtol=1e-5, atol=1e-6)
+    overlap_K = (spectrum.left_MK * left.float()).sum(0).abs()
+    torch.testing.assert_close(overlap_K, torch.ones(20), rtol=0, atol=1e-3)
+
+
+def test_large_matrices_get_leading_values_and_nothing_that_needs_the_tail():
+    decay_K = 0.8 ** torch.arange(60)
+    matrix = torch.linalg.qr(gaussian(90, 60))[0] * decay_K @ torch.linalg.qr(gaussian(60, 60))[0]
+    spectrum = spectrum_of(matrix, exact_side=10, n_leading=20)
+    torch.testing.assert_close(spectrum.sigma_K.float(), decay_K[:20], rtol=1e-4, atol=0)
+    assert spectrum.frobenius == pytest.approx(matrix.norm().item(), rel=1e-6)
+    assert (spectrum.nuclear, spectrum.effective_rank, spectrum.participation_ratio) == (None, None, None)
+    assert spectrum.energy_rank(0.9) == spectrum_of(matrix).energy_rank(0.9)
+    assert spectrum_of(gaussian(90, 60), exact_side=10, n_leading=5).energy_rank(0.99) is None
+
+
+def test_changes_within_a_bfloat16_step_are_told_from_larger_ones():
+    base = torch.tensor([1.0, 1.0, 1.0, -3.0, 0.0])
+    change = torch.tensor([0.0, 2.0**-7, 2.0**-5, 2.0**-6, 1.0])
+    found = elementwise(base, change)
+    assert found["share_unchanged"] == pytest.approx(0.2)
+    assert found["share_rounding"] == pytest.approx(0.5)
+    assert elementwise(base, change * 0)["share_rounding"] is None
+
+
+def test_lora_is_streamed_as_factors_and_equals_pefts_merge(base, tmp_path):
+    folder = adapter(base, tmp_path / "a", target_modules="all-linear")
+    found = assert_equals_merge(base, folder, "model.")
+    assert all(delta.factors and not delta.pair for delta in found.values())
+    assert len(found) == 14
+    down = found["layers.1.mlp.down_proj.weight"]
+    assert (down.layer, down.part, down.projection, down.shape) == (1, "mlp", "down_proj", (D, 24))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 32, "layers.1.self_attn.o_proj": 1}},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"layers\.0\..*o_proj": 64}},
+        {"rank_pattern": {"down_proj": 2}, "use_rslora": True},
+    ],
+)
+def test_scales_of_rslora_and_patterns_are_pefts(base, tmp_path, settings):
+    targets = ["q_proj", "o_proj", "down_proj"]
+    assert_equals_merge(base, adapter(base, tmp_path / "a", target_modules=targets, **settings), "model.")
+
+
+def test_rslora_divides_by_the_root_of_the_rank(base, tmp_path):
+    plain = adapter(base, tmp_path / "plain", target_modules=["q_proj"])
+    root = adapter(base, tmp_path / "root", target_modules=["q_proj"], use_rslora=True)
+    name = "layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(dense(deltas(base, root)[name]), 2 * dense(deltas(base, plain)[name]))
+
+
+def test_conv1d_of_gpt2_is_turned_to_outputs_by_inputs(tmp_path):
+    base = save(gpt2(), tmp_path / "base")
+    folder = adapter(base, tmp_path / "a", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    found = assert_equals_merge(base, folder, "transformer.", flip=True)
+    assert found["h.0.attn.c_attn.weight"].shape == (3 * D, D)
+    assert found["h.0.attn.c_proj.weight"].shape == (D, D)
+    tuned = gpt2()
+    tuned.load_state_dict(merged(base, folder))
+    whole = deltas(base, save(tuned, tmp_path / "tuned"))
+    for name, delta in found.items():
+        torch.testing.assert_close(dense(whole[name]), dense(delta), rtol=1e-4, atol=1e-6)
+
+
+def test_embedding_and_head_adapters(tmp_path):
+    base = save(qwen(tied=False), tmp_path / "base")
+    folder = adapter(base, tmp_path / "a", target_modules=["embed_tokens", "lm_head", "o_proj"])
+    found = assert_equals_merge(base, folder, "model.")
+    assert found["embed_tokens.weight"].factors.shape == (V, D)
+    assert (found["embed_tokens.weight"].part, found["lm_head.weight"].part) == ("embed", "head")
+
+
+def test_saved_modules_and_trained_biases_are_whole_tensors(tmp_path):
+    base = save(qwen(tied=False), tmp_path / "base")
+    folder = adapter(base, tmp_path / "a", target_modules=["o_proj"], modules_to_save=["lm_head"])
+    assert assert_equals_merge(base, folder, "model.")["lm_head.weight"].pair is not None
+    base = save(gpt2(), tmp_path / "gpt2")
+    folder = adapter(base, tmp_path / "b", target_modules=["c_proj"], fan_in_fan_out=True, bias="all")
+    found = assert_equals_merge(base, folder, "transformer.", flip=True)
+    assert found["h.0.ln_1.bias"].pair is not None and found["h.0.mlp.c_proj.bias"].shape == (D,)
+
+
+def test_head_adapter_of_a_tied_model_is_laid_over_the_embedding(base, tmp_path):
+    found = deltas(base, adapter(base, tmp_path / "a", target_modules=["lm_head"]))
+    torch.testing.assert_close(found["lm_head.weight"].load_base(), qwen().model.embed_tokens.weight.data)
+
+
+def test_twins_give_the_dense_difference_from_stacked_factors(base, tmp_path):
+    targets = ["q_proj", "down_proj"]
+    tuned = adapter(base, tmp_path / "a", seed=1, target_modules=targets)
+    against = adapter(base, tmp_path / "b", seed=2, target_modules=[*targets, "o_proj"], r=2)
+    after, before = merged(base, tuned), merged(base, against)
+    found = deltas(base, tuned, against=against)
+    assert len(found) == 6
+    for name, delta in found.items():
+        torch.testing.assert_close(dense(delta), after[f"model.{name}"] - before[f"model.{name}"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(delta.load_base(), before[f"model.{name}"])
+    assert found["layers.0.self_attn.q_proj.weight"].factors.left_MR.shape[1] == 6
+    for name, delta in deltas(base, against, against=tuned).items():
+        torch.testing.assert_close(dense(delta), -dense(found[name]))
+
+
+def test_equal_numbers_in_two_folders_cancel_exactly(base, tmp_path):
+    first, second = (adapter(base, tmp_path / name, target_modules=["q_proj"]) for name in "ab")
+    assert all(not dense(delta).any() for delta in deltas(base, first, against=second).values())
+
+
+def test_adapter_of_the_base_itself_is_on_both_sides(base, tmp_path):
+    own = adapter(base, tmp_path / "own", seed=1, target_modules=["q_proj"])
+    tuned = adapter(base, tmp_path / "tuned", seed=2, target_modules=["q_proj"])
+    plain = WeightPair.of_folders(base, tuned)
+    pair = WeightPair(WeightSide(base, (own,)), WeightSide(base, (own, tuned)), base, plain.entry)
+    alone = {delta.name: dense(delta) for delta in weight_stream(plain)}
+    for delta in weight_stream(pair):
+        torch.testing.assert_close(dense(delta), alone[delta.name])
+        torch.testing.assert_close(delta.load_base(), merged(base, own)[f"model.{delta.name}"])
+
+
+def test_the_same_files_give_no_delta_at_all(base):
+    assert deltas(base, base) == {}
+    assert unmatched_tensors(WeightPair.of_folders(base, base)) == []
+
+
+def test_whole_checkpoint_with_tied_weights_extra_keys_and_shards(base, tmp_path):
+    tuned = qwen()
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.add_(0.5)
+    tuned.save_pretrained(tmp_path / "t", max_shard_size="10KB")
+    assert len(list((tmp_path / "t").glob("*.safetensors"))) > 1
+    save_file({"vision_tower.layers.0.proj.weight": torch.ones(2, 3)}, tmp_path / "t" / "extra.safetensors")
+    index = json.loads((tmp_path / "t" / "model.safetensors.index.json").read_text())
+    index["weight_map"]["vision_tower.layers.0.proj.weight"] = "extra.safetensors"
+    (tmp_path / "t" / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = deltas(base, tmp_path / "t")
+    assert "lm_head.weight" not in found and found["embed_tokens.weight"].part == "embed"
+    assert len(found) == len(load_file(base / "model.safetensors"))
+    changed = {name for name, delta in found.items() if dense(delta).any()}
+    assert changed == {"layers.1.mlp.up_proj.weight"}
+    torch.testing.assert_close(dense(found["layers.1.mlp.up_proj.weight"]), torch.full((24, D), 0.5))
+    (missing,) = unmatched_tensors(WeightPair.of_folders(base, tmp_path / "t"))
+    assert (missing.name, missing.status, missing.shape) == (
+        "vision_tower.layers.0.proj.weight",
+        "only_in_tuned",
+        (2, 3),
+    )
+
+
+def test_head_stored_twice_is_one_weight_and_an_untied_one_is_two(base, tmp_path):
+    weights = load_file(base / "model.safetensors")
+    for name, shift in (("same", 0.0), ("other", 1.0)):
+        copy = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + shift}
+        (tmp_path / name).mkdir()
+        save_file(copy, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert "lm_head.weight" not in deltas(base, tmp_path / "same")
+    untied = deltas(base, tmp_path / "other")
+    assert (
+        dense(untied["lm_head.weight"]).min() == pytest.approx(1, abs=1e-5)
+        and not dense(untied["embed_tokens.weight"]).any()
+    )
+
+
+def test_resized_vocabulary_compares_common_rows_and_bf16_is_upcast_first(base, tmp_path):
+    tuned = qwen()
+    tuned.resize_token_embeddings(V + 3)
+    found = deltas(base, save(tuned.bfloat16(), tmp_path / "t"))
+    rows = found["embed_tokens.weight"]
+    assert (rows.shape, rows.n_left_out) == ((V, D), 3)
+    assert rows.pair.base.dtype == rows.pair.tuned.dtype == torch.float32
+    expected = qwen().model.embed_tokens.weight.data
+    torch.testing.assert_close(dense(rows), expected.bfloat16().float() - expected)
+
+
+def test_unknown_names_are_kept_as_other(tmp_path):
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file(
+            {"strange.thing.7.kernel": torch.full((2, 2), value), "scalar": torch.tensor(value)},
+            tmp_path / name / "model.safetensors",
+        )
+        (tmp_path / name / "config.json").write_text("{}")
+    found = deltas(tmp_path / "a", tmp_path / "b")
+    assert {delta.part for delta in found.values()} == {"other"}
+    assert dense(found["strange.thing.7.kernel"]).sum() == 4 and dense(found["scalar"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.self_attn.o_proj.weight", (3, "attn", "o_proj")),
+        ("model.language_model.layers.3.mlp.down_proj.weight", (3, "mlp", "down_proj")),
+        ("language_model.model.layers.3.self_attn.q_norm.weight", (3, "norm", "q_norm")),
+        ("transformer.h.11.attn.c_attn.bias", (11, "attn", "c_attn")),
+        ("transformer.h.11.ln_1.weight", (11, "norm", "ln_1")),
+        ("gpt_neox.layers.0.attention.dense.weight", (0, "attn", "dense")),
+        ("gpt_neox.embed_in.weight", (None, "embed", "embed_in")),
+        ("model.layers.2.block_sparse_moe.experts.5.w2.weight", (2, "mlp", "w2")),
+        ("model.decoder.layers.1.fc2.weight", (1, "mlp", "fc2")),
+        ("transformer.wpe.weight", (None, "embed", "wpe")),
+        ("lm_head.weight", (None, "head", "lm_head")),
+        ("model.norm.weight", (None, "norm", "norm")),
+        ("model.vision_tower.layers.0.self_attn.q_proj.weight", (None, "other", "q_proj")),
+        ("mystery", (None, "other", "mystery")),
+    ],
+)
+def test_place_of(name, place):
+    assert place_of(name) == place
+
+
+def edited(folder: Path, **changes) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def test_adapters_that_are_more_than_a_plain_lora_are_refused_with_the_cure(base, tmp_path):
+    dora = adapter(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(NotComputableError, match="uses DoRA.*merge it into its base"):
+        deltas(base, dora)
+    tokens = adapter(base, tmp_path / "tokens", target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    with pytest.raises(NotComputableError, match="token_adapter.*more than a plain LoRA"):
+        deltas(base, tokens)
+    plain = adapter(base, tmp_path / "plain", target_modules=["q_proj"])
+    with pytest.raises(NotComputableError, match="begun with pissa"):
+        deltas(base, edited(plain, init_lora_weights="pissa"))
+    with pytest.raises(ModelLoadError, match="peft_type 'IA3'"):
+        deltas(base, edited(plain, peft_type="IA3"))
+
+
+def test_adapter_of_another_base_and_quantised_weights_are_refused(base, tmp_path):
+    folder = adapter(base, tmp_path / "a", target_modules=["q_proj"])
+    other = save(gpt2(), tmp_path / "other")
+    with pytest.raises(ModelLoadError, match="made for another base model"):
+        deltas(other, folder)
+    config = json.loads((other / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NotComputableError, match="quantised"):
+        deltas(other, base)
+
+
+def test_zero_adapter_gives_zero_deltas(base, tmp_path):
+    folder = adapter(base, tmp_path / "a", target_modules=["q_proj"], zero=True)
+    spectra = [delta.factors.spectrum() for delta in weight_stream(WeightPair.of_folders(base, folder))]
+    assert [(each.frobenius, each.effective_rank) for each in spectra] == [(0.0, 0.0)] * 2
+
+
+def test_declaring_loads_no_torch():
+    code = "import sys, diffing_core.weights, diffing_core.methods.weight_diff; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
