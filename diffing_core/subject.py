@@ -4,7 +4,7 @@ Shapes: B sequences, T positions, N states, D model width, V vocabulary. Sequenc
 """
 
 import functools
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +92,12 @@ class Subject:
 
     def normed(self, residual_ND: Any) -> Any:
         """The final norm of residual states [N, D]."""
-        with self.active():
+        with self._readout_active():
             return self.layout.norm(residual_ND)
 
     def unembed(self, vector_ND: Any) -> Any:
         """The head alone [N, V]: no norm, no soft cap, no scale."""
-        with self.active():
+        with self._readout_active():
             return self.layout.head(vector_ND)
 
     def logits(self, normed_ND: Any) -> Any:
@@ -110,9 +110,14 @@ class Subject:
 
     def lens_of_difference(self, delta_ND: Any) -> Any:
         """Head of directions [N, D] -> [N, V]: linear, biases dropped, norm's gain applied, in the model's dtype."""
-        with self.active():
+        with self._readout_active():
             vector_ND = self.layout.norm_jacobian(delta_ND.to(self.device, self.dtype))
             return self.layout.head(vector_ND) - self.layout.head(torch.zeros_like(vector_ND[..., :1, :]))
+
+    def _readout_active(self) -> AbstractContextManager[Any]:
+        """Readouts come block by block: adapters are switched (milliseconds) only if norm or head has one."""
+        adapted = hasattr(self.layout.norm, "enable_adapters") or hasattr(self.layout.head, "enable_adapters")
+        return self.active() if adapted else nullcontext()
 
 
 def _check_readout(subject: Subject) -> None:

@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from diffing_core.errors import ModelLoadError, NotComputableError
+from diffing_core.pairs import Pair
+from diffing_core.registry import Model, Organism, Registry
+from diffing_core.registry.sources import Source
 from diffing_core.spectra import Factors, elementwise, of_dense
 from diffing_core.weights import WeightPair, WeightSide, place_of, unmatched_tensors, weight_stream
 
@@ -411,3 +414,37 @@ def test_zero_adapter_gives_zero_deltas(base, tmp_path):
 def test_declaring_loads_no_torch():
     code = "import sys, diffing_core.weights, diffing_core.methods.weight_diff; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_registered_pairs_resolve_to_folders(base, tmp_path):
+    tuned, twin, own = (adapter(base, tmp_path / name, seed=3, target_modules=["q_proj"]) for name in "tuo")
+    lora = {"kind": "lora", "source": {"path": str(tuned)}}
+    variants = {
+        "default": lora,
+        "twin": lora | {"against": {"kind": "lora", "source": {"path": str(twin)}}},
+        "full": {"kind": "full", "source": {"path": str(base)}},
+        "same": {"kind": "identical"},
+    }
+    plain, adapted = (Model(name=name, source={"path": str(base)}) for name in ("plain", "adapted"))
+    adapted = adapted.model_copy(update={"adapter": Source(path=own)})
+    organism = Organism(
+        name="quirk",
+        type="generic",
+        arm="unknown",
+        description="x",
+        variants={"plain": variants, "adapted": variants},
+    )
+    registry = Registry({"plain": plain, "adapted": adapted}, {}, {"quirk": organism})
+
+    def sides(model: str, variant: str) -> tuple[WeightSide, WeightSide]:
+        pair = WeightPair.of(Pair(model, "quirk", variant), registry)
+        assert pair.tokenizer_folder == base
+        return pair.base, pair.tuned
+
+    alone = WeightSide(base)
+    assert sides("plain", "default") == (alone, WeightSide(base, (tuned,)))
+    assert sides("plain", "twin") == (WeightSide(base, (twin,)), WeightSide(base, (tuned,)))
+    assert sides("plain", "full") == sides("plain", "same") == (alone, alone)
+    assert sides("adapted", "default") == (WeightSide(base, (own,)), WeightSide(base, (own, tuned)))
+    assert sides("adapted", "full") == (WeightSide(base, (own,)), alone)
+    assert sides("adapted", "same") == (WeightSide(base, (own,)),) * 2

@@ -1,1 +1,2 @@
-select * from marts.null_specificity
+select *, model || ' · ' || investigator || ' · graded by ' || grader as setting
+from marts.null_specificity

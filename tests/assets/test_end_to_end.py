@@ -1,0 +1,120 @@
+"""Real pairs through Dagster on a real instance: partitions, runs, lake, warehouse, failures."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import duckdb
+import pytest
+
+from diffing_assets.definitions import defs
+from diffing_assets.keys import CALIBRATED, EXPRESSED, diff_key, grade_key, hypothesis_key
+from diffing_assets.partitions import PAIRS, sync_partitions
+from diffing_core.evaluation import evidence_arms
+from diffing_core.lake import Lake
+from diffing_core.methods import all_methods
+from diffing_core.pairs import Pair
+from diffing_core.registry import load_registry
+from diffing_core.runs import RUNS
+
+STREAMS = [diff_key(method) for method in all_methods().values() if method.kind == "stream"]
+
+
+@pytest.fixture
+def instance(tiny_home: Path) -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.local_temp(str(tiny_home / "dagster-temp")) as opened:
+        registry = load_registry()
+        sync_partitions(opened, [pair for pair in registry.pairs() if registry.is_available(pair)])
+        yield opened
+
+
+def materialize(
+    instance: dg.DagsterInstance, keys: list[dg.AssetKey], partition: str | None = None, **options
+) -> dg.ExecuteInProcessResult:
+    job = defs.resolve_implicit_global_asset_job_def()
+    return job.execute_in_process(
+        instance=instance, asset_selection=keys, partition_key=partition, raise_on_error=False, **options
+    )
+
+
+def materialized(instance: dg.DagsterInstance, key: dg.AssetKey) -> set[str]:
+    return instance.get_materialized_partitions(key)
+
+
+def test_only_pairs_whose_weights_are_there_are_partitions(instance: dg.DagsterInstance) -> None:
+    keys = instance.get_dynamic_partitions(PAIRS.name)
+    assert keys == sorted(keys, key=Pair.parse)
+    assert {Pair.parse(key).model for key in keys} == {"tiny"}
+
+
+def test_a_pair_becomes_graded_findings_in_the_warehouse(instance: dg.DagsterInstance, tiny_home: Path) -> None:
+    keys = instance.get_dynamic_partitions(PAIRS.name)
+    every_method = [diff_key(method) for method in all_methods().values()]
+    evaluated = [key_of(arm) for arm in evidence_arms() for key_of in (hypothesis_key, grade_key)]
+    for key in keys:
+        assert materialize(instance, [*every_method, EXPRESSED], key).success
+    assert materialize(instance, [CALIBRATED]).success
+    for key in keys:
+        assert materialize(instance, evaluated, key).success
+    from diffing_assets.reports import marts
+
+    assert materialize(instance, list(marts.keys)).success
+    assert all(materialized(instance, asset) == set(keys) for asset in [*every_method, *evaluated])
+    with duckdb.connect(tiny_home / "warehouse.duckdb", read_only=True) as connection:
+        graded = connection.execute("select count(distinct organism) from raw.grades").fetchone()
+        n_arms = connection.execute("select count(*) from marts.method_effectiveness").fetchone()
+        null_kl = connection.execute("select max(kl_nats) from raw.kl_tokens where organism = 'identical'").fetchone()
+        kl = dict(connection.execute("select organism, avg(kl_nats) from raw.kl_tokens group by 1").fetchall())
+    assert graded == (len({Pair.parse(key).organism for key in keys}),)
+    assert n_arms == (len(evidence_arms()),)
+    assert null_kl == (0.0,)
+    assert kl["cake_bake"] > 10 * kl["benign"]
+
+
+def test_a_person_may_run_a_single_method(instance: dg.DagsterInstance, tiny_home: Path) -> None:
+    [kl] = [key for key in STREAMS if key.path[-1] == "kl"]
+    assert materialize(instance, [kl], "cake_bake__tiny__default").success
+    written = Lake(tiny_home / "lake").read(RUNS)
+    assert set(written["method"].to_pylist()) == {"kl"}
+    assert all(not materialized(instance, key) for key in STREAMS if key != kl)
+
+
+def test_launch_form_reaches_the_method_and_changes_the_identity(instance: dg.DagsterInstance, tiny_home: Path) -> None:
+    [kl] = [key for key in STREAMS if key.path[-1] == "kl"]
+    config = {"ops": {"compare": {"config": {"kl": {"top_tokens": 3}}}}}
+    assert materialize(instance, [kl], "cake_bake__tiny__default", run_config=config).success
+    rows = Lake(tiny_home / "lake").read(next(spec for spec in all_methods()["kl"].tables if spec.name == "kl_vocabulary"))
+    assert len(rows) == 3 * len(set(rows["corpus"].to_pylist()))
+
+
+def test_an_unknown_partition_fails_with_the_names_that_exist(instance: dg.DagsterInstance) -> None:
+    instance.add_dynamic_partitions(PAIRS.name, ["cake_bakee__tiny__default"])
+    result = materialize(instance, STREAMS, "cake_bakee__tiny__default")
+    assert not result.success
+    failure = result.get_step_failure_events()[0].event_specific_data
+    assert "cake_bake" in failure.user_failure_data.description
+
+
+def test_a_broken_finetune_fails_alone_in_its_cohort(instance: dg.DagsterInstance, tiny_home: Path) -> None:
+    """Two pairs in one run, one with a truncated adapter: the other is stored and counted."""
+    registry = load_registry()
+    broken = tiny_home / "registry" / "organisms" / "broken.yaml"
+    adapter = tiny_home / "broken"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x08\x00")
+    broken.parent.mkdir(parents=True)
+    broken.write_text(
+        "name: broken\ntype: generic\narm: unknown\ndescription: a truncated adapter\n"
+        f"variants: {{tiny: {{default: {{kind: lora, source: {{path: {adapter}}}}}}}}}\n"
+    )
+    assert registry is not load_registry()
+    sync_partitions(instance, [Pair("tiny", "benign", "seed1"), Pair("tiny", "broken")])
+    tags = {
+        "dagster/asset_partition_range_start": "benign__tiny__seed1",
+        "dagster/asset_partition_range_end": "broken__tiny__default",
+    }
+    result = materialize(instance, STREAMS, tags=tags)
+    assert not result.success
+    assert all(materialized(instance, key) == {"benign__tiny__seed1"} for key in STREAMS)
+    assert set(Lake(tiny_home / "lake").read(RUNS)["organism"].to_pylist()) == {"benign"}

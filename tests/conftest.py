@@ -1,0 +1,24 @@
+"""Shared by all tests: the tiny tier of the embedded organisms, trained once per session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffing_core import demo
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the finished artifacts of the tier `tiny` (tens of seconds, once)."""
+    root = tmp_path_factory.mktemp("home") / "demo"
+    demo.build("tiny", root)
+    return root
+
+
+@pytest.fixture
+def tiny_home(tiny_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh DIFFING_HOME in which the tier `tiny` is already trained."""
+    (tmp_path / "demo").symlink_to(tiny_demo)
+    monkeypatch.setenv("DIFFING_HOME", str(tmp_path))
+    yield tmp_path
