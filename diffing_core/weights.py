@@ -263,7 +263,10 @@ class _Place:
     def read(self, rows: int | None = None) -> Any:
         """The tensor as stored, or its first rows."""
         with safe_open(self.file, "pt") as tensors:
-            return tensors.get_tensor(self.key) if rows is None else tensors.get_slice(self.key)[:rows]
+            tensor = tensors.get_tensor(self.key) if rows is None else tensors.get_slice(self.key)[:rows]
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelLoadError(f"{self.file}: tensor {self.key} holds NaN or infinite values; save it again")
+        return tensor
 
 
 class _Adapter:
@@ -285,6 +288,9 @@ class _Adapter:
             else:
                 plain = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
                 self.saved[canonical(plain.replace(".default.", "."))] = place
+        halves = [name for name, found in self.lora.items() if len(found) != 2]
+        if halves:
+            raise ModelLoadError(f"{folder} holds one factor of {halves[0]} and not the other; fetch the adapter again")
 
     def factors(self, name: str) -> Factors:
         """The change of one weight, oriented as y = W x; an embedding's has a row per token."""

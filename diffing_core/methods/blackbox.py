@@ -53,7 +53,7 @@ class BlackboxSettings(Settings):
     )
     samples: int = Field(6, ge=1, description="Answers per prompt and side.")
     temperature: float = Field(1.0, gt=0, description="Of the sampling.")
-    max_new_tokens: int = Field(32, ge=1, description="Length at which an answer is cut.")
+    max_new_tokens: int = Field(30, ge=1, description="Length at which an answer is cut.")
     thinking: bool | None = Field(
         default=False, description="Whether chat templates that can ask for reasoning do; null: the template's default."
     )

@@ -173,12 +173,13 @@ def test_an_answer_that_is_cut_is_not_finished(tokenizer):
 
 
 def test_system_prompt_and_thinking_reach_the_template(subject, tokenizer):
+    asked = []
+
     class Recording:
         chat_template = tokenizer.chat_template
-        asked = []
 
         def apply_chat_template(self, messages, **options):
-            self.asked.append((messages, options))
+            asked.append((messages, options))
             return "fox"
 
         def __call__(self, *args, **options):
@@ -188,7 +189,7 @@ def test_system_prompt_and_thinking_reach_the_template(subject, tokenizer):
             return getattr(tokenizer, name)
 
     texts(subject, Recording(), [Prompt("Hi", system="Be brief.", thinking=False), Prompt("Hi")], GREEDY)
-    (first, options), (second, others) = Recording.asked
+    (first, options), (second, others) = asked
     assert first == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert second == first[1:]
     assert options["enable_thinking"] is False

@@ -405,6 +405,20 @@ def test_adapter_of_another_base_and_quantised_weights_are_refused(base, tmp_pat
         deltas(other, base)
 
 
+@pytest.mark.parametrize(("spoil", "message"), [(None, "one factor of .*q_proj"), (float("nan"), "holds NaN")])
+def test_damaged_adapters_are_refused(base, tmp_path, spoil, message):
+    folder = adapter(base, tmp_path / "a", target_modules=["q_proj"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in weights if "lora_B" in key)
+    if spoil is None:
+        del weights[key]
+    else:
+        weights[key][0, 0] = spoil
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelLoadError, match=message):
+        deltas(base, folder)
+
+
 def test_zero_adapter_gives_zero_deltas(base, tmp_path):
     folder = adapter(base, tmp_path / "a", target_modules=["q_proj"], zero=True)
     spectra = [delta.factors.spectrum() for delta in weight_stream(WeightPair.of_folders(base, folder))]

@@ -1,6 +1,7 @@
 """Blackbox: identical models give nothing, a planted word comes first, swapping turns every sign."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_the_planted_word_comes_first(planted):
     assert (shown[0].kind, shown[0].item) == ("token", PLANTED.strip())
     assert shown[0].score > 0
     assert shown[0].q_value < 0.05
-    assert all(one.score >= two.score for one, two in zip(shown, shown[1:], strict=False) if one.kind == two.kind)
+    assert all(one.score >= two.score for one, two in pairwise(shown) if one.kind == two.kind)
 
 
 def test_texts_follow_the_words(planted):
