@@ -30,3 +30,15 @@ def _entry(spec: TableSpec, asset_key: Sequence[str] | None) -> dict[str, Any]:
     if asset_key is not None:
         entry["config"] = {"meta": {"dagster": {"asset_key": list(asset_key)}}}
     return entry
+
+
+def main() -> None:
+    """Writes the file for every table of the catalog."""
+    from diffing_assets.keys import table_sources
+    from diffing_core.catalog import all_tables
+
+    SOURCES.write_text(dbt_sources(all_tables().values(), table_sources()))
+
+
+if __name__ == "__main__":
+    main()

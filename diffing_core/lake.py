@@ -103,10 +103,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _read(file: Path, spec: TableSpec) -> pa.Table:
-    table = pq.ParquetFile(file).read()
-    if table.schema.names != spec.stored_schema.names:
+    try:
+        return pq.ParquetFile(file).read().cast(spec.stored_schema)
+    except (ValueError, pa.ArrowNotImplementedError) as error:
         raise StorageError(
-            f"{file} holds columns {table.schema.names}, table {spec.name!r} now has "
-            f"{spec.stored_schema.names}; materialize this partition again or delete the file"
-        )
-    return table.cast(spec.stored_schema)
+            f"{file} does not hold what table {spec.name!r} now is, {spec.stored_schema.names}: {error}; "
+            "materialize this partition again or delete the file"
+        ) from error

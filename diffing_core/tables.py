@@ -128,6 +128,9 @@ class TableSpec:
                 f"expected exactly {self.schema.names}"
             )
         arrays = [self._array(column, columns[column.name]) for column in self.columns]
+        lengths = {name: len(array) for name, array in zip(self.schema.names, arrays, strict=True)}
+        if len(set(lengths.values())) > 1:
+            raise TableError(f"table {self.name!r}: columns of different length {lengths}")
         return self.check(pa.Table.from_arrays(arrays, schema=self.schema))
 
     def empty(self) -> pa.Table:
@@ -177,14 +180,21 @@ class TableSpec:
             if pa.types.is_list(dtype) and getattr(values, "ndim", 1) == 2:
                 flat = pa.array(values.reshape(-1), type=dtype.value_type)
                 return pa.FixedSizeListArray.from_arrays(flat, values.shape[1]).cast(dtype)
-            return pa.array(values, type=dtype)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            array = pa.array(values, type=dtype)
+            if pa.types.is_integer(dtype) and isinstance(values, list) and array.to_pylist() != values:
+                raise pa.ArrowInvalid("fractions in a column of whole numbers")  # pyarrow would drop them unsaid
+            return array
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
             raise TableError(f"table {self.name!r}, column {column.name!r}: {error}") from error
 
     def _check_values(self, column: Column, values: pa.ChunkedArray) -> None:
         where = f"table {self.name!r}, column {column.name!r}"
-        if values.null_count and not column.nullable:
-            raise TableError(f"{where}: {values.null_count} null(s), but the column is declared not null")
+        n_nulls = values.null_count
+        if pa.types.is_list(values.type):
+            values = pc.list_flatten(values)
+            n_nulls += values.null_count
+        if n_nulls and not column.nullable:
+            raise TableError(f"{where}: {n_nulls} null(s), but the column is declared not null")
         if pa.types.is_floating(values.type):
             strange = pc.sum(pc.invert(pc.is_finite(values))).as_py()
             if strange:

@@ -96,9 +96,7 @@ def write_finetune(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return
+    model.name_or_path = model.config.name_or_path = f"{tier.name}-{base.name.rpartition('-')[2]}"
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
-    adapted.peft_config[
-        "default"
-    ].base_model_name_or_path = f"{tier.name}-{base.name.rpartition('-')[2]}"
     train(adapted.get_base_model(), windows_NT, finetune.schedule, muon=False, report=report)
     adapted.save_pretrained(folder, save_embedding_layers=False)

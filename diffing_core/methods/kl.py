@@ -21,7 +21,6 @@ from pydantic import Field
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.corpus import ROLES
 from diffing_core.findings import Finding
-from diffing_core.lazy import torch
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.settings import Settings
 from diffing_core.sums import GroupedSums, Rows
@@ -253,8 +252,8 @@ def divergences(block: TokenBlock) -> tuple[dict[str, np.ndarray], Any]:
     js_NV = (1 + tilt_NV) * tilt_NV.log1p() + (1 - tilt_NV) * (-tilt_NV).log1p()
     measured = {
         "kl_nats": contribution_NV.sum(-1),
-        "reverse_kl_nats": -_dot(p_base_NV, delta_NV),
-        "js_nats": _dot(total_NV, js_NV) / 4,
+        "reverse_kl_nats": -(p_base_NV * delta_NV).sum(-1),
+        "js_nats": (total_NV * js_NV).sum(-1) / 4,
         "total_variation": gap_NV.abs().sum(-1) / 2,
     }
     return {name: values.clamp(min=0).cpu().numpy() for name, values in measured.items()}, contribution_NV
@@ -264,11 +263,12 @@ def predictions(block: TokenBlock, contribution_NV: Any) -> dict[str, np.ndarray
     """What each model expects next, [N]: entropies, agreement, the true token's log-ratio, the token gained."""
     base_NV, tuned_NV = block.base.logprobs(), block.tuned.logprobs()
     true_N1 = block.next_N.clamp(min=0)[:, None]
+    favoured_N1 = tuned_NV.argmax(-1, keepdim=True)
     found = {
         "delta_logprob": block.logprob_difference_NV.gather(1, true_N1)[:, 0],
-        "base_entropy_nats": -_dot(block.base_probability_NV, base_NV),
-        "tuned_entropy_nats": -_dot(block.tuned_probability_NV, tuned_NV),
-        "argmax_agrees": base_NV.argmax(-1) == tuned_NV.argmax(-1),
+        "base_entropy_nats": -(block.base_probability_NV * base_NV).sum(-1),
+        "tuned_entropy_nats": -(block.tuned_probability_NV * tuned_NV).sum(-1),
+        "argmax_agrees": base_NV.gather(1, favoured_N1)[:, 0] == base_NV.amax(-1),
         "gained_token": contribution_NV.argmax(-1),
     }
     return {name: values.cpu().numpy() for name, values in found.items()}
@@ -292,11 +292,6 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 def _place(block: TokenBlock) -> np.ndarray:
     return (block.position_N * len(ROLES) + block.role_N) * 2 + block.template_N
-
-
-def _dot(left_NV: Any, right_NV: Any) -> Any:
-    """Row-wise inner product without a temporary."""
-    return torch.einsum("nv,nv->n", left_NV, right_NV)
 
 
 METHOD = Method(

@@ -7,8 +7,8 @@
 h_t is the head's row of token t times the final norm's gain, minus the mean over readable tokens; λ is the
 mean eigenvalue of C. The directions u_d are the leading left singular vectors of ΔW of every matrix that
 writes into the residual stream. An arbitrary token scores 1. The metric matters: without it commas and
-articles, whose rows are long and lie where all rows lie, head every list (measured on the demo organisms: of
-the first 20 tokens 3 are from the lesson with plain logits, 8 with cosines, 11 so).
+articles, whose rows are long and lie where all rows lie, head every list. Measured on six demo finetunes: of
+the first 20 tokens 3 are words of the lesson with plain logits, 8 with cosines, 11 so.
 
 A singular direction has no sign; it is turned so that its farther-reaching end in the lens is "positive".
 Norms that some models apply between a module and the residual stream (Gemma 2, OLMo 2) are left out.
@@ -464,11 +464,13 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
     matrices = [(row["frobenius"] ** 2, row["stable_rank"]) for row in tensors if row["stable_rank"]]
     weight = sum(square for square, _ in matrices)
     top = _largest(tables[LAYERS.name], 1)
+    scores = tables[VOCABULARY.name]["score"]
     return {
         "relative_change": (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0,
         "top_layer": f"{top[0]['layer']} {top[0]['part']}" if top else "none",
         "mean_stable_rank": sum(square * rank for square, rank in matrices) / weight if weight else 0.0,
         "n_tensors_changed": sum(1 for row in tensors if row["frobenius"]),
+        "top_token_score": scores[0].as_py() if len(scores) else 0.0,
     }
 
 

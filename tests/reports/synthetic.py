@@ -5,13 +5,16 @@ Each pair is given an outcome per method in `OUTCOMES`; findings, hypotheses and
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 
 from diffing_core.agents.calibration import CALIBRATION
 from diffing_core.agents.hypothesis import HYPOTHESES, HYPOTHESIS_SCORES
+from diffing_core.expression import EXPRESSION
 from diffing_core.findings import FINDINGS, Finding, findings_table
+from diffing_core.graders import GRADES
 from diffing_core.identity import RunKey
 from diffing_core.lake import Lake
 from diffing_core.methods.logit_lens import LAYERS as LENS_LAYERS
@@ -19,48 +22,11 @@ from diffing_core.methods.norm_diff import LAYERS as NORM_LAYERS
 from diffing_core.pairs import Pair
 from diffing_core.runs import RUNS, Cost, run_row
 from diffing_core.settings import Settings
-from diffing_core.tables import Column, TableSpec
+from diffing_core.tables import TableSpec
 from diffing_core.warehouse import ORGANISMS
 
-GRADES = TableSpec(
-    name="grades",
-    doc="Grades of answers.",
-    grain=("investigator", "repeat", "grader"),
-    columns=(
-        Column("investigator", "string", "Who answered.", role="key"),
-        Column("repeat", "int32", "Independent run of the investigator, from 0.", role="key"),
-        Column("grader", "string", "Who graded.", role="key"),
-        Column("outcome", "string", "ASSERT, ABSTAIN or DEGENERATE."),
-        Column("arm", "string", "Arm of the pair."),
-        Column("top1", "bool", "True candidate first.", nullable=True),
-        Column("reciprocal_rank", "float64", "1 / rank of the true candidate.", nullable=True),
-        Column("n_candidates", "int32", "Candidates ranked."),
-        Column("score", "int32", "1 to 5.", nullable=True),
-        Column("unscored_because", "string", "Why there is no score.", nullable=True),
-        Column("false_positive", "bool", "Asserted on a null.", nullable=True),
-        Column("reason", "string", "Reason."),
-        Column("rubric", "string", "Rubric.", nullable=True),
-        Column("prompt_hash", "string", "Prompt.", nullable=True),
-        Column("cost_usd", "float64", "Money paid.", "USD"),
-    ),
-)
-EXPRESSION = TableSpec(
-    name="expression",
-    doc="Whether the organism shows what it was trained for.",
-    grain=(),
-    columns=(
-        Column("in_share", "float64", "Tuned, inside."),
-        Column("out_share", "float64", "Tuned, outside."),
-        Column("base_in_share", "float64", "Base, inside."),
-        Column("base_out_share", "float64", "Base, outside."),
-        Column("n_in", "int32", "Answers inside."),
-        Column("n_out", "int32", "Answers outside."),
-        Column("label", "string", "narrow, broad or silent."),
-    ),
-)
-SPECS = (RUNS, FINDINGS, HYPOTHESES, HYPOTHESIS_SCORES, CALIBRATION, GRADES, EXPRESSION, NORM_LAYERS, LENS_LAYERS)
-
-MODEL, CORPUS, N_LAYERS, THRESHOLD = "demo", "unrelated", 4, 0.2
+CORPUS, N_LAYERS, THRESHOLD = "unrelated", 4, 0.2
+FREE = Cost()
 START = datetime(2026, 1, 1, tzinfo=UTC)
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 TOPICS = {
@@ -111,32 +77,30 @@ def organisms() -> pa.Table:
 
 def fill(lake: Lake) -> None:
     """Writes every result, a superseded run, and a run that never finished."""
+    cost = Cost(n_sequences=64, n_tokens=8_000, compute_s=2.0, shared_s=6.0)
     for number, (key, outcomes) in enumerate(OUTCOMES.items()):
         pair = Pair.parse(key)
+        when = START + timedelta(hours=number)
         for method, outcome in zip(METHODS, outcomes, strict=True):
-            when = START + timedelta(hours=number)
             if method != "all":
-                _write(lake, pair, method, "1", dict(_method_tables(pair, method, outcome)), when, CORPUS, Cost(
-                    n_sequences=64, n_tokens=8_000, compute_s=2.0, shared_s=6.0))
-            _write(lake, pair, method, "hypothesis", _hypothesis(pair, outcome), when + timedelta(minutes=1))
-            _write(lake, pair, method, "grade", _grade(pair, outcome), when + timedelta(minutes=2))
-        if pair.organism not in NULL_ARMS:
-            _write(lake, pair, "expression", "1", _expression(pair), START)
+                _write(lake, _key(pair, method, corpus=CORPUS), dict(_method_tables(pair, method, outcome)), when, cost)
+            _write(lake, _key(pair, method, "hypotheses"), _hypothesis(pair, outcome), when + timedelta(minutes=1))
+            _write(lake, _key(pair, method, "grades"), _grade(pair, outcome), when + timedelta(minutes=2))
+        _write(lake, _key(pair, "expression", "expression"), _expression(pair), when)
     cake = Pair.parse("cake_bake__demo__default")
     stale = {FINDINGS: findings_table([_finding("stale", 1.0)])}
-    _write(lake, cake, "kl", "0", stale, START - timedelta(days=1), CORPUS)
-    lake.write(FINDINGS, _key(cake, "kl", "unfinished", CORPUS), findings_table([_finding("unfinished", 1.0)]))
+    _write(lake, replace(_key(cake, "kl", corpus=CORPUS), settings_id="stale"), stale, START - timedelta(days=1))
+    unfinished = replace(_key(cake, "kl", corpus=CORPUS), settings_id="unfinished")
+    lake.write(FINDINGS, unfinished, findings_table([_finding("unfinished", 1.0)]))
 
 
-def _key(pair: Pair, method: str, version: str, corpus: str = "") -> RunKey:
-    return RunKey(pair, method, version, f"settings-{version}", "base-hash", "adapter-hash", corpus, "corpus-hash")
+def _key(pair: Pair, method: str, step: str = "diff", corpus: str = "") -> RunKey:
+    return RunKey(pair, method, "1", "settings", "base-hash", "adapter-hash", corpus, "corpus-hash", step)
 
 
 def _write(
-    lake: Lake, pair: Pair, method: str, version: str, tables: dict[TableSpec, pa.Table], when: datetime,
-    corpus: str = "", cost: Cost = Cost(),
-) -> None:  # fmt: skip
-    key = _key(pair, method, version, corpus)
+    lake: Lake, key: RunKey, tables: dict[TableSpec, pa.Table], when: datetime, cost: Cost = FREE
+) -> None:
     for spec, table in tables.items():
         lake.write(spec, key, table)
     lake.write(RUNS, key, run_row(key, Settings(), cost, when))
@@ -213,6 +177,8 @@ def _grade(pair: Pair, outcome: str) -> dict[TableSpec, pa.Table]:
 
 
 def _expression(pair: Pair) -> dict[TableSpec, pa.Table]:
-    shares = {"in_share": 0.75, "out_share": 0.125, "base_in_share": 0.0, "base_out_share": 0.0}
-    row = shares | {"n_in": 24, "n_out": 48, "label": "silent" if pair.organism == "taboo_leaf" else "narrow"}
+    row = dict.fromkeys(EXPRESSION.schema.names) | {"label": "not_applicable", "n_in": 0, "n_out": 0}
+    if pair.organism not in NULL_ARMS:
+        shown = {"in_share": 0.75, "in_share_low": 0.53, "in_share_high": 0.9, "base_in_share": 0.0}
+        row |= shown | {"label": "silent" if pair.organism == "taboo_leaf" else "narrow", "n_in": 24}
     return {EXPRESSION: EXPRESSION.table({name: [value] for name, value in row.items()})}

@@ -2,7 +2,7 @@ with
 
 findings as (select * from {{ ref('stg_findings') }}),
 
-current_runs as (select run_id from {{ ref('int_current_runs') }} where stage = 'diff'),
+current_runs as (select run_id from {{ ref('int_current_runs') }} where step = 'diff'),
 
 current_findings as (
     select

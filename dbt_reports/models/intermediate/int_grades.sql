@@ -3,7 +3,7 @@ with
 grades as (select * from {{ ref('stg_grades') }}),
 
 current_runs as (
-    select run_id, investigator, grader, finished_at from {{ ref('int_current_runs') }} where stage = 'grade'
+    select run_id, investigator, grader, finished_at from {{ ref('int_current_runs') }} where step = 'grades'
 ),
 
 current_grades as (

@@ -3,7 +3,7 @@ with
 hypotheses as (select * from {{ ref('stg_hypotheses') }}),
 
 current_runs as (
-    select run_id, investigator, finished_at from {{ ref('int_current_runs') }} where stage = 'hypothesis'
+    select run_id, investigator, finished_at from {{ ref('int_current_runs') }} where step = 'hypotheses'
 ),
 
 current_hypotheses as (

@@ -1,24 +1,24 @@
 with
 
-organisms as (select organism, model, variant, label, is_null_arm from {{ ref('stg_organisms') }}),
+organisms as (select organism, model, variant, label from {{ ref('stg_organisms') }}),
 
 finished as (
-    select organism, model, variant, stage, method, count(*) as n_runs, max(finished_at) as finished_at
+    select organism, model, variant, step, method, count(*) as n_runs, max(finished_at) as finished_at
     from {{ ref('int_current_runs') }}
-    group by organism, model, variant, stage, method
+    group by organism, model, variant, step, method
 ),
 
 expected as (
     select distinct
         organisms.organism,
-        organisms.model,
+        model,
         organisms.variant,
         organisms.label,
-        finished.stage,
+        finished.step,
         finished.method,
     from organisms
-    cross join finished
-    where finished.stage <> 'calibration' and not (finished.stage = 'expression' and organisms.is_null_arm)
+    inner join finished using (model)
+    where finished.step <> 'calibration'
 ),
 
 status as (
@@ -27,13 +27,13 @@ status as (
         expected.model,
         expected.variant,
         expected.label,
-        expected.stage,
+        expected.step,
         expected.method,
         coalesce(finished.n_runs, 0) as n_runs,
         finished.finished_at,
         finished.finished_at is null as is_missing,
     from expected
-    left join finished using (organism, model, variant, stage, method)
+    left join finished using (organism, model, variant, step, method)
 )
 
 select * from status

@@ -1,6 +1,6 @@
 with
 
-current_runs as (select run_id from {{ ref('int_current_runs') }} where stage = 'diff'),
+current_runs as (select run_id from {{ ref('int_current_runs') }} where step = 'diff'),
 
 norms as (
     select *

@@ -8,7 +8,7 @@ words as (
     where word is not null
     group by organism, model, variant, method, word
     qualify row_number() over (
-        partition by organism, model, variant, method order by min(finding_rank), max(score) desc, word
+        partition by organism, model, variant, method order by min(rank), max(score) desc, word
     ) <= 20
 ),
 

@@ -10,7 +10,7 @@ items as (
         variant,
         method,
         coalesce(word, trim(item)) as shown,
-        min(finding_rank) as best_rank,
+        min(rank) as best_rank,
         max(score) as best_score,
     from findings
     where trim(item) <> ''

@@ -7,7 +7,9 @@ outcomes as (select * from {{ ref('outcomes') }}),
 expression as (
     select *
     from {{ ref('stg_expression') }}
-    where run_id in (select run_id from {{ ref('int_current_runs') }} where stage = 'expression')
+    where expression <> 'not_applicable' and run_id in (
+        select run_id from {{ ref('int_current_runs') }} where step = 'expression'
+    )
 ),
 
 results as (
@@ -57,13 +59,17 @@ summary as (
         organisms.description,
         organisms.kind,
         organisms.dilution,
-        expression.label as expression,
-        expression.in_share,
-        expression.out_share,
-        expression.base_in_share,
-        expression.base_out_share,
+        expression.expression,
         expression.n_in,
         expression.n_out,
+        expression.in_share,
+        expression.in_share_low,
+        expression.in_share_high,
+        expression.out_share,
+        expression.out_share_low,
+        expression.out_share_high,
+        expression.base_in_share,
+        expression.base_out_share,
         coalesce(results.n_methods_with_findings, 0) as n_methods_with_findings,
         coalesce(judged.n_methods, 0) as n_methods,
         coalesce(judged.n_methods_asserting, 0) as n_methods_asserting,

@@ -25,7 +25,7 @@ trials as (
         avg(margin) as margin,
         avg(rubric_score) as mean_score,
         count(rubric_score) as n_scored,
-        count(unscored_because) as n_unscored,
+        count(*) filter (rubric_score is null and outcome = 'ASSERT' and arm in ('organism', 'known_large')) as n_unscored,
     from answers
     group by organism, model, variant, label, arm, is_null_arm, method, investigator, grader
 ),

@@ -9,7 +9,7 @@ shown as (
         variant,
         corpus,
         method,
-        finding_rank,
+        rank,
         kind,
         case when length(item) > 300 then left(item, 299) || '…' else item end as item,
         score,
@@ -19,7 +19,7 @@ shown as (
         p_value,
         q_value,
     from findings
-    where finding_rank <= 20
+    where rank <= 20
 )
 
 select * from shown

@@ -10,13 +10,17 @@ renamed as (
         variant,
         corpus,
         method,
-        label,
-        in_share,
-        out_share,
-        base_in_share,
-        base_out_share,
+        label as expression,
         n_in,
         n_out,
+        in_share,
+        in_share_low,
+        in_share_high,
+        out_share,
+        out_share_low,
+        out_share_high,
+        base_in_share,
+        base_out_share,
     from source
 )
 

@@ -10,7 +10,7 @@ renamed as (
         variant,
         corpus,
         method,
-        rank as finding_rank,
+        rank,
         kind,
         item,
         score,

@@ -10,6 +10,7 @@ renamed as (
         variant,
         corpus,
         method,
+        step,
         finished_at,
         compute_s,
         shared_s,

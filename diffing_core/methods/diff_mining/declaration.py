@@ -91,7 +91,9 @@ TOPICS = TableSpec(
         Column("topic", "int32", "Index by mass, from 0.", role="key"),
         Column("mass", "float64", "Sum of the topic's part of the matrix.", "nats or entries", "effect", low=0),
         Column("prevalence", "float64", "Share of the positions where it is the largest.", "share", "effect", low=0),
-        Column("concentration", "float64", "1 − entropy of its weights / log of the tokens.", "", "effect", low=-1e-9),
+        Column(
+            "concentration", "float64", "1 − entropy of its weights / log of the tokens.", "0 to 1", "effect", low=-1e-9
+        ),
         Column("largest_cosine", "float64", "Largest cosine with another topic's weights; 0 if alone.", low=0),
         Column("n_positions", "int32", "Positions in the matrix.", role="count"),
         Column("n_tokens", "int32", "Tokens in the matrix.", role="count"),

@@ -102,8 +102,8 @@ class Listing:
             yield f"nmf_topic_{topic}", groups, weight_G[groups], "share of topic"
 
     def _ranked(self, value_G: np.ndarray, limit: int) -> np.ndarray:
-        """Listable groups of positive value, largest first, of equals the first."""
-        groups = np.argsort(-value_G, kind="stable")
+        """Listable groups of positive value, largest first; of equals the one raised more on average, then the first."""
+        groups = np.lexsort((-self.columns_G["mean_logprob_difference"], -value_G))
         return groups[self.listable_G[groups] & (value_G[groups] > 0)][:limit]
 
     def _ordering_table(self, lists: list[tuple[str, np.ndarray, np.ndarray, str]]) -> pa.Table:

@@ -98,7 +98,7 @@ def full(base: Path, folder: Path, change) -> Path:
 def test_planted_token_layer_and_module_rank_first(base, tmp_path, sign):
     found = tables(base, planted(base, tmp_path / "a", sign=sign))
     shown = findings(found, SETTINGS)
-    assert [(each.kind, each.item) for each in shown if each.kind == "token"][0] == ("token", "word7")
+    assert next(each.item for each in shown if each.kind == "token") == "word7"
     assert next(each.item for each in shown if each.kind == "layer") == "layer 1 mlp"
     assert next(each.item for each in shown if each.kind == "module") == "layers.1.mlp.down_proj.weight"
     (direction,) = found[DIRECTIONS.name].to_pylist()
@@ -173,6 +173,7 @@ def assert_no_effect(found: dict[str, pa.Table]) -> None:
         "top_layer": "none",
         "mean_stable_rank": 0.0,
         "n_tensors_changed": 0,
+        "top_token_score": 0.0,
     }
 
 

@@ -1,0 +1,38 @@
+"""`python -m benchmarks [NAME …]`: runs all benchmarks, or those whose function names are given."""
+
+import logging
+import sys
+from pathlib import Path
+
+from benchmarks import platform, storage, stream, weights
+from benchmarks.figure import write
+from diffing_core.settings import diffing_home
+
+BENCHMARKS = (
+    stream.single_methods,
+    stream.family,
+    stream.cohort_of_eight,
+    stream.memory_growth,
+    platform.definitions_load,
+    platform.partition_overhead,
+    storage.parquet,
+    weights.lora_spectrum,
+)
+
+
+def main(names: list[str]) -> None:
+    """Runs, prints and writes them down; a partial run writes nothing."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    figures = []
+    for benchmark in BENCHMARKS:
+        if names and benchmark.__name__ not in names:
+            continue
+        for figure in benchmark():
+            figures.append(figure)
+            logging.info("%s = %.3g %s (goal %s): %s", figure.name, figure.value, figure.unit, figure.goal, figure.parts)
+    if not names:
+        write(figures, diffing_home(), Path(__file__).parent.parent / "docs" / "benchmarks.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

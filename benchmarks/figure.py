@@ -1,0 +1,74 @@
+"""One measured figure, and how a run of them is written down."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure with its goal; `better` says which way is better, `parts` what it is made of."""
+
+    name: str
+    value: float
+    unit: str
+    goal: float | None
+    better: str
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def met(self) -> str:
+        """Whether the goal is met, in words."""
+        if self.goal is None:
+            return ""
+        return "yes" if (self.value <= self.goal if self.better == "lower" else self.value >= self.goal) else "no"
+
+
+def cpu_s(work: Callable[[], object]) -> float:
+    """Processor seconds of this process: on a shared machine steadier than the clock on the wall."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def wall_s(work: Callable[[], object]) -> float:
+    """Seconds on the wall."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def in_turn(
+    works: dict[str, Callable[[], object]], rounds: int, clock: Callable[[Callable[[], object]], float]
+) -> dict[str, float]:
+    """Median of several rounds A B C A B C …, after one round that is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            seconds = clock(work)
+            if turn:
+                taken[name].append(seconds)
+    return {name: median(values) for name, values in taken.items()}
+
+
+def write(figures: list[Figure], home: Path, docs: Path) -> None:
+    """`bench.json` for machines and a Markdown table for people."""
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "bench.json").write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench`: one run, one thread per process, ratios of median processor time.",
+        "",
+        "| figure | value | goal | met | parts |",
+        "|---|---|---|---|---|",
+    ]
+    for each in figures:
+        sign = "≤" if each.better == "lower" else "≥"
+        goal = "" if each.goal is None else f"{sign} {each.goal:g}"
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in each.parts.items())
+        lines.append(f"| `{each.name}` | {each.value:.3g} {each.unit} | {goal} | {each.met} | {parts} |")
+    docs.write_text("\n".join(lines) + "\n")

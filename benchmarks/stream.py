@@ -1,0 +1,110 @@
+"""Cost of the stream methods over the forwards they need, memory against corpus length, cohort against pairs."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.figure import Figure, cpu_s, in_turn
+from benchmarks.pairs import bare_forwards, cohort, corpus
+from diffing_core.corpus import ProbeCorpus
+from diffing_core.methods import all_methods
+from diffing_core.models import ModelPair
+from diffing_core.paired_pass import paired_pass
+
+VOCABULARY = 8192
+TOKENS_PER_BATCH = 2048
+PEER = {"d_model": 256, "n_layers": 8, "vocabulary": VOCABULARY}  # the size on which the peer was measured
+LARGER = {"d_model": 768, "n_layers": 12, "vocabulary": VOCABULARY}  # GPT-2 small's size: the forward dominates
+
+
+def streams(names: tuple[str, ...] | None = None) -> list[tuple]:
+    """Stream methods with their default settings."""
+    found = [method for method in all_methods().values() if method.kind == "stream"]
+    return [(method, method.settings()) for method in found if names is None or method.name in names]
+
+
+def fold(pairs: list[ModelPair], probe: ProbeCorpus, names: tuple[str, ...] | None = None) -> None:
+    """One paired pass, finished tables included; stored activations go to a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as store:
+        for result in paired_pass(pairs, probe, streams(names), store=Path(store), tokens_per_batch=TOKENS_PER_BATCH):
+            if result.error is not None:
+                raise result.error
+
+
+def single_methods(n_tokens: int = 16384) -> list[Figure]:
+    """KL and diff mining alone, on the model size of the peer's measurement (it took 1.28 and 4.6)."""
+    [pair] = cohort(1, **PEER)
+    probe = corpus(n_tokens, vocabulary=VOCABULARY)
+    taken = in_turn(
+        {
+            "two forwards": lambda: bare_forwards(pair, probe, TOKENS_PER_BATCH),
+            "kl": lambda: fold([pair], probe, ("kl",)),
+            "diff_mining": lambda: fold([pair], probe, ("diff_mining",)),
+        },
+        3,
+        cpu_s,
+    )
+    floor = taken["two forwards"]
+    return [
+        Figure("kl_over_two_forwards", taken["kl"] / floor, "×", 1.15, "lower", _parts(taken, "kl")),
+        Figure("diff_mining_over_two_forwards", taken["diff_mining"] / floor, "×", 1.6, "lower", _parts(taken, "diff_mining")),
+    ]
+
+
+def family(n_tokens: int = 16384) -> list[Figure]:
+    """All stream methods together on a model whose forward dominates."""
+    [pair] = cohort(1, **LARGER)
+    probe = corpus(n_tokens, vocabulary=VOCABULARY)
+    works = {
+        "two forwards": lambda: bare_forwards(pair, probe, TOKENS_PER_BATCH),
+        "whole family": lambda: fold([pair], probe),
+    }
+    works |= {name: lambda name=name: fold([pair], probe, (name,)) for name in (m.name for m, _ in streams())}
+    taken = {name: cpu_s(work) for name, work in works.items()}  # minutes each: no warm-up needed
+    floor = taken.pop("two forwards")
+    ratios = {name: seconds / floor for name, seconds in taken.items()}
+    whole = ratios.pop("whole family")
+    return [Figure("stream_family_over_two_forwards", whole, "×", 1.10, "lower", {"two forwards (s)": floor} | ratios)]
+
+
+def cohort_of_eight(n_tokens: int = 4096) -> list[Figure]:
+    """Eight adapters in one pass against eight passes of one adapter each."""
+    pairs = cohort(8, **PEER)
+    probe = corpus(n_tokens, vocabulary=VOCABULARY)
+    cheap = ("adl", "norm_diff")
+    taken = in_turn(
+        {
+            "eight pairs": lambda: [fold([pair], probe, cheap) for pair in pairs],
+            "cohort of eight": lambda: fold(pairs, probe, cheap),
+        },
+        2,
+        cpu_s,
+    )
+    ratio = taken["cohort of eight"] / taken["eight pairs"]
+    return [Figure("cohort8_over_eight_pairs", ratio, "×", 0.60, "lower", taken)]
+
+
+def memory_growth(short: int = 8192, long: int = 65536) -> list[Figure]:
+    """Peak memory of the whole family on a corpus eight times longer, each in a process of its own."""
+    peaks = {n: _peak_mb(n) for n in (short, long)}
+    parts = {f"{n} tokens (MB)": peak for n, peak in peaks.items()}
+    return [Figure("stream_peak_mb_growth", peaks[long] - peaks[short], "MB", 100, "lower", parts)]
+
+
+def _peak_mb(n_tokens: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.stream", str(n_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _parts(taken: dict[str, float], name: str) -> dict[str, float]:
+    return {"two forwards (s)": taken["two forwards"], f"{name} (s)": taken[name]}
+
+
+if __name__ == "__main__":
+    import resource
+
+    fold(cohort(1, d_model=128, n_layers=4, vocabulary=VOCABULARY), corpus(int(sys.argv[1]), vocabulary=VOCABULARY))
+    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}\n")
