@@ -1,6 +1,6 @@
 """Activation Parquet: residual vectors on disk, one file per model state, corpus and layer.
 
-    <store>/<revision>/<corpus hash>/layer_<i>.parquet
+    <store>/<revision>/<corpus hash>/layer_<i>.<dtype>.parquet
 
 A file belongs to a model state, not to a pair, so the base's activations are written once and shared by
 all its organisms. Vectors are fixed-size binary in the model's own dtype: bf16 survives bit by bit at
@@ -10,6 +10,7 @@ all its organisms. Vectors are fixed-size binary in the model's own dtype: bf16 
 
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,24 +43,32 @@ class ActivationStore:
     """The files below one folder, and which of them are being written in this pass.
 
     Pairs of a cohort share their base: the first that asks for a writer of a file gets it, the others
-    get none. Two processes may write the same file aside of it; their contents are equal, the last
-    rename wins.
+    get none. Two passes may write the same file aside of it; their contents are equal, the last
+    rename wins. As a context, it abandons what nobody finished when it ends.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._claimed: set[Path] = set()
+        self._writers: dict[Path, ActivationWriter] = {}
 
-    def file(self, revision: str, corpus_hash: str, layer: int) -> Path:
-        """Where the activations of one model state, corpus and layer lie."""
-        return self.root / re.sub(r"[^A-Za-z0-9.+-]", "_", revision) / corpus_hash / f"layer_{layer}.parquet"
+    def __enter__(self) -> "ActivationStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers.values():
+            writer.abandon()
+
+    def file(self, revision: str, corpus_hash: str, layer: int, dtype: Any) -> Path:
+        """Where the activations of one model state in one number format, one corpus and layer lie."""
+        folder = self.root / re.sub(r"[^A-Za-z0-9.+-]", "_", revision) / corpus_hash
+        return folder / f"layer_{layer}.{name_of(dtype)}.parquet"
 
     def claim(self, file: Path, d_model: int, dtype: Any) -> "ActivationWriter | None":
         """A writer, unless the file is complete or somebody in this pass already writes it."""
-        if file in self._claimed or file.exists():
+        if file in self._writers or file.exists():
             return None
-        self._claimed.add(file)
-        return ActivationWriter(file, d_model, dtype)
+        self._writers[file] = ActivationWriter(file, d_model, dtype)
+        return self._writers[file]
 
 
 class ActivationWriter:
@@ -68,9 +77,10 @@ class ActivationWriter:
     def __init__(self, path: Path, d_model: int, dtype: Any) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}")
+        self._aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        self._dtype = dtype
         self._width = d_model * dtype.itemsize
-        facts = {"d_model": str(d_model), "dtype": str(dtype).removeprefix("torch.")}
+        facts = {"d_model": str(d_model), "dtype": name_of(dtype)}
         self._writer = pq.ParquetWriter(
             self._aside, _schema(self._width, facts), compression="none", use_dictionary=False
         )
@@ -78,6 +88,8 @@ class ActivationWriter:
 
     def add(self, block: TokenBlock, vector_ND: Any) -> None:
         """Adds the block's tokens with their vectors."""
+        if vector_ND.dtype != self._dtype:
+            raise StorageError(f"{self.path} holds {self._dtype}, but a block came as {vector_ND.dtype}: mend the model's dtype")
         raw = vector_ND.contiguous().cpu().view(torch.uint8).numpy()
         vectors = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(self._width), len(block), [None, pa.py_buffer(raw)]
@@ -96,7 +108,7 @@ class ActivationWriter:
         os.replace(self._aside, self.path)
 
     def abandon(self) -> None:
-        """Leaves no trace of an unfinished file."""
+        """Leaves no trace of an unfinished file; a finished one stays."""
         self._writer.close()
         self._aside.unlink(missing_ok=True)
 
@@ -104,6 +116,11 @@ class ActivationWriter:
         if self._pending:
             self._writer.write_table(pa.Table.from_batches(self._pending))
             self._pending = []
+
+
+def name_of(dtype: Any) -> str:
+    """A torch dtype without its library: float32, bfloat16, …"""
+    return str(dtype).removeprefix("torch.")
 
 
 def read_activations(path: Path) -> Iterator[ActivationBlock]:

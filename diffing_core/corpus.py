@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from diffing_core.errors import CorpusError
 
 ROLES = ("text", "system", "user", "assistant", "tool")
 PARQUET_ROWS = 1024
+_MARK = "\ue000{}\ue001"  # of the private use area: no template has them
+_MARKED = re.compile(_MARK.format(r"(\d+)"))
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,19 @@ class ProbeCorpus:
         sequences: in the order of the source.
         n_documents: documents seen in the source.
         n_too_short: chosen documents left out because they have fewer than `min_tokens` tokens.
+        skip_first_tokens: leading tokens of every sequence that models read but no method sees (attention sinks).
     """
 
     name: str
     sequences: tuple[ProbeSequence, ...]
     n_documents: int
     n_too_short: int = 0
+    skip_first_tokens: int = 0
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of the very tokens, roles and flags: the data part of every result's identity."""
-        digest = hashlib.sha256()
+        """Hash of the very tokens, roles and flags, and of what is skipped: the data part of a result's identity."""
+        digest = hashlib.sha256(f"skip {self.skip_first_tokens}".encode() if self.skip_first_tokens else b"")
         for sequence in self.sequences:
             digest.update(len(sequence).to_bytes(8, "little"))
             for array in (sequence.token_T, sequence.role_T, sequence.template_T):
@@ -66,12 +71,16 @@ class ProbeCorpus:
 
     @cached_property
     def n_tokens(self) -> int:
-        """All tokens; nothing is padded here."""
-        return sum(map(len, self.sequences))
+        """Tokens that methods see; nothing is padded here."""
+        return int(self._seen_S.sum())
 
     def sequences_within(self, token_limit: int) -> int:
-        """How many leading sequences hold at most `token_limit` tokens: a cut that batching cannot move."""
-        return int(np.searchsorted(np.cumsum([len(each) for each in self.sequences]), token_limit, side="right"))
+        """How many leading sequences show at most `token_limit` tokens: a cut that batching cannot move."""
+        return int(np.searchsorted(np.cumsum(self._seen_S), token_limit, side="right"))
+
+    @property
+    def _seen_S(self) -> np.ndarray:
+        return np.asarray([max(0, len(each) - self.skip_first_tokens) for each in self.sequences], np.int64)
 
     def batches(self, token_budget: int) -> Iterator[TokenBatch]:
         """Batches of at most `token_budget` padded tokens, longest sequences first.
@@ -151,9 +160,15 @@ def _records(path: Path, column: str) -> Iterator[Any]:
 def _jsonl(file: Path, column: str) -> Iterator[Any]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
-            record = json.loads(line)
-            if column not in record:
-                raise CorpusError(f"{file.name}, line {number}: no field {column!r}; found {sorted(record)}")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise CorpusError(f"{file.name}, line {number}: not JSON: {error}") from error
+            if not isinstance(record, dict) or column not in record:
+                found = sorted(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise CorpusError(f"{file.name}, line {number}: no field {column!r}; found {found}")
             yield record[column]
 
 
@@ -192,41 +207,80 @@ def _text_sequence(text: str, tokenizer: Any) -> ProbeSequence:
 
 
 def _encode_chat(record: Any, tokenizer: Any, spec: Any, options: Mapping[str, Any]) -> ProbeSequence:
-    """Renders the chat once and finds each message's content in it: the rest is template.
+    """Renders the chat, and once more with marks for contents: what is not content is template.
 
     A template token takes the role of the message that follows it; those at the end, of the last one.
     """
-    messages = record[:2] if spec.first_exchange_only else record
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    messages = _messages(record, spec)
+    rendered = _rendered(messages, tokenizer, spec, options)
+    marked = [
+        {**message, "content": _MARK.format(number)} if message["content"].strip() else message
+        for number, message in enumerate(messages)
+    ]
+    spans = _content_spans(rendered, _rendered(marked, tokenizer, spec, options), messages, spec)
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     ids = np.asarray(encoded["input_ids"], dtype=np.int32)
     starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
     role_T = np.zeros(len(ids), np.int8)
     template_T = np.ones(len(ids), bool)
     cursor = 0
-    for message in messages:
-        begin, end = _content_span(rendered, message, cursor, spec)
-        role_T[starts >= cursor] = _role(message, spec)
+    for message, (begin, end) in zip(messages, spans, strict=True):
+        role_T[starts >= cursor] = ROLES.index(message["role"])
         template_T[(starts >= begin) & (starts < end)] = False
         cursor = end
     return ProbeSequence(ids, role_T, template_T)
 
 
-def _content_span(rendered: str, message: Mapping[str, str], cursor: int, spec: Any) -> tuple[int, int]:
-    for content in (message["content"], message["content"].strip()):
-        begin = rendered.find(content, cursor)
-        if begin >= 0:
-            return begin, begin + len(content)
-    raise CorpusError(
-        f"corpus {spec.name!r}: the chat template changes the text of a {message['role']} message, so its tokens "
-        "cannot be told from the template's; give a template that keeps contents as they are"
-    )
+def _messages(record: Any, spec: Any) -> list[Mapping[str, str]]:
+    """The messages to read, each with a known role and a text."""
+    where = f"corpus {spec.name!r}: column {spec.column!r} holds"
+    if not isinstance(record, list) or not record:
+        raise CorpusError(f"{where} {str(record)[:60]!r}, not a list of messages")
+    for message in record:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise CorpusError(f"{where} the message {str(message)[:60]}; a message needs role and content as text")
+        if message["role"] not in ROLES:
+            raise CorpusError(f"{where} a message of unknown role {message['role']!r}; known are {ROLES[1:]}")
+    roles = [message["role"] for message in record]
+    first_answer = roles.index("assistant") + 1 if "assistant" in roles else len(roles)
+    return record[:first_answer] if spec.first_exchange_only else record
 
 
-def _role(message: Mapping[str, str], spec: Any) -> int:
-    if message["role"] not in ROLES:
-        raise CorpusError(f"corpus {spec.name!r}: unknown role {message['role']!r}; known are {ROLES[1:]}")
-    return ROLES.index(message["role"])
+def _rendered(messages: list[Mapping[str, str]], tokenizer: Any, spec: Any, options: Mapping[str, Any]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:
+        roles = [message["role"] for message in messages]
+        raise CorpusError(f"corpus {spec.name!r}: the chat template refuses a chat of {roles}: {error}") from error
+
+
+def _content_spans(
+    rendered: str, marked: str, messages: list[Mapping[str, str]], spec: Any
+) -> list[tuple[int, int]]:
+    """Begin and end of each content in the rendered chat; a blank one is empty, at the end of the one before."""
+    opening, *rest = _MARKED.split(marked)
+    after = dict(zip(map(int, rest[::2]), rest[1::2], strict=True))
+    cursor = len(opening) if rendered.startswith(opening) else -1
+    spans: list[tuple[int, int]] = []
+    for number, message in enumerate(messages):
+        said = message["content"]
+        if not said.strip():
+            end = spans[-1][1] if spans else 0
+            spans.append((end, end))
+            continue
+        forms = (said, said.strip(), said.lstrip(), said.rstrip())
+        following = after.get(number, _MARK)
+        form = next((form for form in forms if cursor >= 0 and rendered.startswith(form + following, cursor)), None)
+        if form is None:
+            raise CorpusError(
+                f"corpus {spec.name!r}: the chat template changes the text of a {message['role']} message, so its "
+                "tokens cannot be told from the template's; give a template that keeps contents as they are"
+            )
+        spans.append((cursor, cursor + len(form)))
+        cursor += len(form) + len(following)
+    return spans
 
 
 def _cut(sequence: ProbeSequence, max_tokens: int) -> ProbeSequence:

@@ -8,6 +8,7 @@ their own arithmetic. Blocks above the last layer that any fold asks for are not
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,6 @@ def paired_pass(
     *,
     store: Path | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    skip_first_tokens: int = 0,
 ) -> Iterator[MethodResult]:
     """Runs stream methods over a corpus for pairs that share one base; yields a result per method.
 
@@ -121,18 +121,26 @@ def paired_pass(
         pairs: loaded pairs; sides that are the same object run once per batch.
         store: folder for activation Parquet, needed only by the method `activations`.
         tokens_per_batch: padded tokens per forward; results do not depend on it.
-        skip_first_tokens: leading tokens of every sequence that no fold sees (attention sinks).
     """
-    shelf = ActivationStore(store) if store else None
-    running = [_begin(pair, method, settings, corpus, shelf) for pair in pairs for method, settings in methods]
+    shared = _Shared()
+    with ActivationStore(store) if store else nullcontext() as shelf:
+        running = [_begin(pair, method, settings, corpus, shelf) for pair in pairs for method, settings in methods]
+        _feed(running, pairs, corpus, tokens_per_batch, shared)
+        for each in running:
+            yield each.result(corpus, shared.seconds)
+
+
+def _feed(
+    running: Sequence[_Running], pairs: Sequence[ModelPair], corpus: ProbeCorpus, tokens_per_batch: int, shared: _Shared
+) -> None:
+    """Shows every block of the corpus to every fold."""
     layers = sorted({layer for each in running for layer in each.layers} | _last_layer_if_wanted(running))
     wants_logprobs = any(Need.LOGPROBS in each.method.needs for each in running)
-    shared = _Shared()
-    with torch.inference_mode(), track(corpus.n_tokens, "tokens", f"paired pass, {corpus.name}") as done:
+    with torch.inference_mode(), track(sum(map(len, corpus.sequences)), "tokens", f"paired pass, {corpus.name}") as done:
         for batch in corpus.batches(tokens_per_batch):
             with shared:
                 states = _forward_all(pairs, batch, layers)
-            for pair, block in _blocks(pairs, states, batch, corpus, skip_first_tokens):
+            for pair, block in _blocks(pairs, states, batch, corpus):
                 if wants_logprobs:
                     with shared:
                         block.base.logprobs(), block.tuned.logprobs()
@@ -140,8 +148,6 @@ def paired_pass(
                     if each.pair is pair:
                         each.update(block)
             done(int(batch.mask_BT.sum()))
-    for each in running:
-        yield each.result(corpus, shared.seconds)
 
 
 def _begin(
@@ -192,11 +198,10 @@ def _blocks(
     states: Mapping[int, Mapping[int, Any]],
     batch: TokenBatch,
     corpus: ProbeCorpus,
-    skip_first_tokens: int,
 ) -> Iterator[tuple[ModelPair, TokenBlock]]:
     """Cuts a batch into blocks; within a block every pair in turn, so that sides in common are shared."""
     facts = _token_facts(batch, corpus)
-    kept = np.flatnonzero(facts["position_N"] >= skip_first_tokens)
+    kept = np.flatnonzero(facts["position_N"] >= corpus.skip_first_tokens)
     step = max(16, LOGPROBS_PER_BLOCK // max(pair.common_vocab for pair in pairs))
     for start in range(0, len(kept), step):
         rows = kept[start : start + step]

@@ -52,6 +52,8 @@ class Moments:
 
     def add(self, rows_ND: np.ndarray) -> None:
         """Adds N rows."""
+        if not len(rows_ND):
+            return
         rows_ND = rows_ND.astype(np.float64)
         added, mean_D = len(rows_ND), rows_ND.mean(0)
         shift_D = mean_D - self.mean_D

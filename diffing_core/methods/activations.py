@@ -5,14 +5,16 @@ what is there: mean and variance per dimension in float64 whatever the model's d
 is already stored is not written again.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+from diffing_core.activations import name_of
 from diffing_core.blocks import StreamContext, TokenBlock
-from diffing_core.errors import NotComputableError
+from diffing_core.errors import NotComputableError, StorageError
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.settings import Settings
 from diffing_core.sums import Moments
@@ -75,6 +77,9 @@ class ActivationsFold:
         """Closes the files; one row per side and layer."""
         for writer in filter(None, self._writers.values()):
             writer.close()
+        absent = [str(file) for file in itertools.starmap(self._file, self._moments) if not file.exists()]
+        if absent:
+            raise StorageError(f"{absent[0]} was left to another pair of this pass, which failed; run this pair again")
         rows = [self._row(side, layer) for side, layer in self._moments]
         return {SETS.name: SETS.table({name: [row[name] for row in rows] for name in SETS.schema.names})}
 
@@ -84,7 +89,7 @@ class ActivationsFold:
             "side": side,
             "layer": layer,
             "file": str(file.relative_to(self._context.store.root)),
-            "dtype": str(self._subject(side).dtype).removeprefix("torch."),
+            "dtype": name_of(self._subject(side).dtype),
             "d_model": self._context.d_model,
             "n_tokens": moments.count,
             "n_bytes": file.stat().st_size,
@@ -97,7 +102,8 @@ class ActivationsFold:
         return getattr(self._context, side)
 
     def _file(self, side: str, layer: int) -> Path:
-        return self._context.store.file(self._subject(side).revision, self._context.corpus.content_hash, layer)
+        subject = self._subject(side)
+        return self._context.store.file(subject.revision, self._context.corpus.content_hash, layer, subject.dtype)
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:

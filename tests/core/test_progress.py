@@ -1,0 +1,62 @@
+"""Progress: log lines for files and services, a bar for a person at a terminal."""
+
+import io
+import logging
+import sys
+
+import pytest
+
+from diffing_core import progress
+from diffing_core.progress import track
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="diffing_core.progress")
+    return caplog
+
+
+def test_quick_work_is_told_once_and_at_its_end(said: pytest.LogCaptureFixture) -> None:
+    with track(100, "tokens", "reading") as done:
+        for _ in range(4):
+            done(25)
+    [line] = said.messages
+    assert line.startswith("reading: 100 of 100 tokens, ")
+    assert line.endswith(" tokens/s, 0 s left")
+
+
+def test_long_work_is_told_with_rate_and_remaining_time(
+    said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 4.0, 11.0, 12.0, 20.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with track(100, "tokens", "reading") as done:
+        for amount in (20, 35, 5, 40):
+            done(amount)
+    assert said.messages == [
+        "reading: 55 of 100 tokens, 5 tokens/s, 9 s left",
+        "reading: 100 of 100 tokens, 5 tokens/s, 0 s left",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_no_log_line(
+    said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with track(100, "tokens", "reading") as done:
+        done(100)
+    assert "reading:" in terminal.getvalue()
+    assert said.messages == []
+
+
+def test_an_error_inside_passes_through() -> None:
+    with pytest.raises(KeyError), track(1, "tokens", "reading"):
+        raise KeyError("x")
