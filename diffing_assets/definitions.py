@@ -14,6 +14,7 @@ ASSETS = [
     evaluation.calibration,
     evaluation.hypotheses_assets(),
     evaluation.grades_assets(),
+    *reports.collected_tables(),
     reports.marts,
     reports.site,
 ]

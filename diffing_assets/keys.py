@@ -4,11 +4,14 @@ import dagster as dg
 
 from diffing_core.agents.calibration import CALIBRATION
 from diffing_core.agents.hypothesis import HYPOTHESES, HYPOTHESIS_SCORES
+from diffing_core.evaluation import evidence_arms
 from diffing_core.expression import EXPRESSION
 from diffing_core.findings import FINDINGS
 from diffing_core.graders import GRADES
 from diffing_core.methods import all_methods
 from diffing_core.methods.base import Method
+from diffing_core.runs import RUNS
+from diffing_core.warehouse import ORGANISMS
 
 FINETUNE = dg.AssetKey(["sources", "finetune"])
 PROBES = dg.AssetKey(["sources", "probe_corpora"])
@@ -40,6 +43,16 @@ def table_sources() -> dict[str, list[str]]:
     return paths | {EXPRESSION.name: EXPRESSED.path, CALIBRATION.name: CALIBRATED.path}
 
 
-def shared_tables() -> tuple[str, ...]:
-    """Tables into which many assets write."""
-    return tuple(spec.name for spec in (FINDINGS, HYPOTHESES, HYPOTHESIS_SCORES, GRADES))
+def shared_tables() -> dict[str, list[dg.AssetKey]]:
+    """Tables into which several assets write, with these assets."""
+    diffs = [diff_key(method) for method in all_methods().values()]
+    shown = [diff_key(method) for method in all_methods().values() if method.findings is not None]
+    hypotheses = [hypothesis_key(arm) for arm in evidence_arms()]
+    return {
+        RUNS.name: diffs,
+        FINDINGS.name: shown,
+        HYPOTHESES.name: hypotheses,
+        HYPOTHESIS_SCORES.name: hypotheses,
+        GRADES.name: [grade_key(arm) for arm in evidence_arms()],
+        ORGANISMS.name: [FINETUNE],
+    }

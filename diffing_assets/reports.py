@@ -14,10 +14,9 @@ import dagster as dg
 from dagster_dbt import DagsterDbtTranslator, DagsterDbtTranslatorSettings, DbtCliResource, DbtProject, dbt_assets
 
 from dbt_reports.site import build_site
-from diffing_assets.keys import OWNERS, SITE, grade_key, table_sources
+from diffing_assets.keys import OWNERS, SITE, shared_tables
 from diffing_assets.resources import Workspace
 from diffing_core.catalog import all_tables
-from diffing_core.evaluation import evidence_arms
 from diffing_core.registry import Registry
 from diffing_core.warehouse import FILE, ORGANISMS, build_raw, publish
 
@@ -71,6 +70,21 @@ def marts(context: dg.AssetExecutionContext, dbt: DbtCliResource, workspace: Wor
     yield from dbt.cli(["build"], context=context).stream()
     publish(building, workspace.warehouse)
     context.log.info("published %s", workspace.warehouse)
+
+
+def collected_tables() -> list[dg.AssetSpec]:
+    """Tables of the lake that many assets fill: they join the methods to the reports in the lineage."""
+    return [
+        dg.AssetSpec(
+            key=dg.AssetKey(["raw", table]),
+            deps=writers,
+            group_name="reports",
+            description=f"Rows of `raw.{table}` in the lake, whoever wrote them.",
+            owners=OWNERS,
+            kinds={"parquet"},
+        )
+        for table, writers in shared_tables().items()
+    ]
 
 
 @dg.asset(key=SITE, deps=[dg.AssetKey(["reports", "method_effectiveness"])], group_name="reports", owners=OWNERS,

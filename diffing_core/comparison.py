@@ -6,11 +6,13 @@ a notebook, without registry, lake or disk.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffing_core.activations import name_of
 from diffing_core.corpus import ProbeCorpus, load_corpus
 from diffing_core.errors import NotComputableError
 from diffing_core.expression import EXPRESSION, ExpressionSettings, measure_expression
@@ -22,7 +24,7 @@ from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.models import Cohort, ModelPair, load_cohort
 from diffing_core.paired_pass import METHOD_FAILURES, MethodResult, paired_pass, timed_run
 from diffing_core.pairs import Pair
-from diffing_core.registry import Organism, Registry
+from diffing_core.registry import Corpus, Organism, Registry
 from diffing_core.runs import Cost
 from diffing_core.settings import Settings
 
@@ -59,8 +61,8 @@ def compare(
 ) -> Iterator[Outcome]:
     """Runs the requested methods on pairs of one base model and stores every result as it is finished.
 
-    A pair that cannot be loaded and a method that fails end alone: their outcome carries the error,
-    all others are stored.
+    A pair that cannot be loaded, a corpus that cannot be read and a method that fails end alone: their
+    outcome carries the error, all others are stored.
 
     Args:
         requested: settings by method name.
@@ -111,9 +113,8 @@ def store_expression(
         method="expression",
         version=EXPRESSION_VERSION,
         settings_id=settings.settings_id(),
-        model_revision=pair.base_revision,
-        adapter_hash=pair.adapter_hash,
         step="expression",
+        **_sides(pair),
     )
     lake.write_result(key, {EXPRESSION: table}, settings, Cost(compute_s=time.perf_counter() - began))
     return table.to_pylist()[0]
@@ -121,8 +122,11 @@ def store_expression(
 
 def load_corpora(pair: Pair, tokenizer: Any, registry: Registry) -> list[ProbeCorpus]:
     """The probe corpora registered for a pair: its variant's, or its model's."""
-    model = registry.model(pair.model)
-    names = registry.variant(pair).corpora or model.corpora
+    return [_load(spec, pair.model, tokenizer, registry) for spec in _corpora_of(pair, tokenizer, registry)]
+
+
+def _corpora_of(pair: Pair, tokenizer: Any, registry: Registry) -> list[Corpus]:
+    names = registry.variant(pair).corpora or registry.model(pair.model).corpora
     specs = [registry.corpus(name) for name in names]
     usable = [spec for spec in specs if spec.kind == "text" or tokenizer.chat_template]
     if not usable:
@@ -131,11 +135,15 @@ def load_corpora(pair: Pair, tokenizer: Any, registry: Registry) -> list[ProbeCo
             + (", all of them chats, and its tokenizer has no chat template" if specs else "")
             + "; name a text corpus in the model's `corpora`"
         )
+    return usable
+
+
+def _load(spec: Corpus, model_name: str, tokenizer: Any, registry: Registry) -> ProbeCorpus:
+    model = registry.model(model_name)
     options = {} if model.thinking is None else {"enable_thinking": model.thinking}
-    return [
-        load_corpus(spec, registry.local_path(spec.source, pair.model), tokenizer, template_options=options)
-        for spec in usable
-    ]
+    path = registry.local_path(spec.source, model_name)
+    corpus = load_corpus(spec, path, tokenizer, template_options=options)
+    return replace(corpus, skip_first_tokens=model.skip_first_tokens)
 
 
 def _streamed(
@@ -145,23 +153,33 @@ def _streamed(
     if not streams or not cohort.pairs:
         return
     outcomes = {(each.pair, method.name): Outcome(each.pair, method) for each in cohort for method, _ in streams}
-    by_pair = {each.pair: each for each in cohort}
-    for corpus, sharing in _corpora_of(cohort, registry):
-        skip = registry.model(cohort.pairs[0].pair.model).skip_first_tokens
-        for result in paired_pass(sharing, corpus, streams, store=store, skip_first_tokens=skip):
-            key = run_key(by_pair[result.pair], result.method, result.settings)
-            key = key.with_corpus(corpus.name, corpus.content_hash)
-            _store(outcomes[result.pair, result.method.name], key, result, lake)
+    readers: dict[Corpus, list[ModelPair]] = {}
+    for pair in cohort:
+        with _failing(outcomes.values(), [pair]):
+            for spec in _corpora_of(pair.pair, pair.tokenizer, registry):
+                readers.setdefault(spec, []).append(pair)
+    for spec, sharing in readers.items():
+        by_pair = {each.pair: each for each in sharing}
+        with _failing(outcomes.values(), sharing):
+            corpus = _load(spec, sharing[0].pair.model, sharing[0].tokenizer, registry)
+            for result in paired_pass(sharing, corpus, streams, store=store):
+                key = run_key(by_pair[result.pair], result.method, result.settings)
+                key = key.with_corpus(corpus.name, corpus.content_hash)
+                _store(outcomes[result.pair, result.method.name], key, result, lake)
     yield from outcomes.values()
 
 
-def _corpora_of(cohort: Cohort, registry: Registry) -> list[tuple[ProbeCorpus, list[ModelPair]]]:
-    """Each distinct corpus once, with the pairs that read it."""
-    grouped: dict[tuple[str, str], tuple[ProbeCorpus, list[ModelPair]]] = {}
-    for pair in cohort:
-        for corpus in load_corpora(pair.pair, pair.tokenizer, registry):
-            grouped.setdefault((corpus.name, corpus.content_hash), (corpus, []))[1].append(pair)
-    return list(grouped.values())
+@contextmanager
+def _failing(outcomes: Collection[Outcome], pairs: Sequence[ModelPair]) -> Iterator[None]:
+    """A probe that cannot be read or run fails these pairs' outcomes alone."""
+    try:
+        yield
+    except METHOD_FAILURES as error:
+        affected = {each.pair for each in pairs}
+        logger.exception("no probing of %s", ", ".join(sorted(map(str, affected))))
+        for outcome in outcomes:
+            if outcome.pair in affected:
+                outcome.error = outcome.error or error
 
 
 def _ran(pair: ModelPair, method: Method, settings: Settings, registry: Registry, lake: Lake) -> Outcome:
@@ -185,9 +203,16 @@ def run_key(pair: ModelPair, method: Method, settings: Settings) -> RunKey:
         method=method.name,
         version=method.version,
         settings_id=settings.settings_id(),
-        model_revision=pair.base_revision,
-        adapter_hash=pair.adapter_hash,
+        **_sides(pair),
     )
+
+
+def _sides(pair: ModelPair) -> dict[str, str]:
+    """What was compared: the weights of each side, and the number format that they ran in."""
+    return {
+        "model_revision": f"{pair.base_revision}@{name_of(pair.base.dtype)}",
+        "adapter_hash": f"{pair.adapter_hash}@{name_of(pair.tuned.dtype)}",
+    }
 
 
 def _store(outcome: Outcome, key: RunKey, result: MethodResult, lake: Lake) -> None:

@@ -27,6 +27,7 @@ from diffing_core.settings import Settings
 from diffing_core.tables import Column, TableSpec
 
 ASSISTANT = ROLES.index("assistant")
+NO_ANSWER = 2**31
 
 
 class AdlSettings(Settings):
@@ -149,9 +150,14 @@ class AdlFold:
 
 
 def answer_start(sequence: ProbeSequence) -> int:
-    """Position from which labels count: the first token of the answer in a chat, 0 in a text."""
+    """Position from which labels count: the first token of the answer in a chat, 0 in a text.
+
+    A chat that is cut before its answer has no label: its opening must not be averaged with answers.
+    """
+    if not sequence.role_T.any():
+        return 0
     answer = np.flatnonzero((sequence.role_T == ASSISTANT) & ~sequence.template_T)
-    return int(answer[0]) if len(answer) else 0
+    return int(answer[0]) if len(answer) else NO_ANSWER
 
 
 def findings(tables: Tables, settings: AdlSettings) -> list[Finding]:

@@ -32,7 +32,7 @@ class LogitLensSettings(Settings):
     """Knobs of `logit_lens`."""
 
     layers: tuple[int | float, ...] | None = Field(None, description="Blocks to read; none means all.")
-    max_tokens: int = Field(512, ge=1, description="Tokens read per corpus.")
+    max_tokens: int = Field(512, ge=1, description="About this many tokens are read per corpus.")
     top_tokens: int = Field(25, ge=1, description="Tokens listed per layer, direction and criterion.")
     min_probability: float = Field(1e-5, ge=0, description="Mean probability a listed token needs in one model.")
     shown: int = Field(40, ge=1, description="Findings shown.")

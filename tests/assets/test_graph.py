@@ -15,7 +15,8 @@ def described() -> str:
     for spec in sorted(defs.resolve_all_asset_specs(), key=lambda spec: spec.key):
         upstream = ", ".join(sorted(dep.asset_key.to_user_string() for dep in spec.deps))
         partitions = spec.partitions_def.name if isinstance(spec.partitions_def, dg.DynamicPartitionsDefinition) else "-"
-        lines.append(f"{spec.key.to_user_string()} [{spec.group_name}, v{spec.code_version}, {partitions}] <- {upstream}")
+        version = "dbt" if spec.group_name == "reports" else f"v{spec.code_version}"
+        lines.append(f"{spec.key.to_user_string()} [{spec.group_name}, {version}, {partitions}] <- {upstream}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,165 @@
+"""Stored activations of tiny pairs: what lies on disk, its statistics, and what pairs share."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from diffing_core.activations import ActivationWriter, read_activations
+from diffing_core.corpus import ProbeCorpus, ProbeSequence
+from diffing_core.errors import NotComputableError, StorageError
+from diffing_core.methods import get_method
+from diffing_core.methods.activations import ActivationsSettings
+from diffing_core.models import ModelPair, Subject
+from diffing_core.paired_pass import MethodResult, paired_pass
+from diffing_core.pairs import Pair
+from tests import model_files
+from tests.model_files import VOCAB, WIDTH
+
+LENGTHS = (7, 12, 4)
+ACTIVATIONS = get_method("activations")
+
+
+def corpus(skip: int = 0) -> ProbeCorpus:
+    draw = np.random.default_rng(0)
+    sequences = [
+        ProbeSequence(draw.integers(2, VOCAB, n).astype(np.int32), np.zeros(n, np.int8), np.zeros(n, bool)) for n in LENGTHS
+    ]
+    return ProbeCorpus("probe", tuple(sequences), len(sequences), skip_first_tokens=skip)
+
+
+def subject(seed: int, dtype: torch.dtype = torch.float32) -> Subject:
+    return Subject.of(model_files.build(seed=seed).to(dtype), revision=f"weights{seed}")
+
+
+def pair_of(base: Subject, tuned: Subject, name: str = "o") -> ModelPair:
+    return ModelPair(base, tuned, model_files.tokenizer(), Pair("m", name), VOCAB, tuned.revision)
+
+
+def run(store: Path | None, *pairs: ModelPair, layers: tuple = (1,), skip: int = 0, budget: int = 4096) -> list[MethodResult]:
+    settings = ActivationsSettings(layers=layers)
+    return list(paired_pass(pairs, corpus(skip), [(ACTIVATIONS, settings)], store=store, tokens_per_batch=budget))
+
+
+def rows(result: MethodResult) -> dict[tuple[str, int], dict]:
+    assert result.error is None, result.error
+    return {(row["side"], row["layer"]): row for row in result.tables["activation_sets"].to_pylist()}
+
+
+def states(side: Subject, layer: int) -> dict[tuple[int, int], torch.Tensor]:
+    """Hidden states by (sequence, position), from a forward of each sequence alone."""
+    found = {}
+    for index, sequence in enumerate(corpus().sequences):
+        hidden = side.module(torch.from_numpy(sequence.token_T)[None].long(), output_hidden_states=True).hidden_states
+        found |= {(index, position): state_D for position, state_D in enumerate(hidden[layer + 1][0])}
+    return found
+
+
+def stored(file: Path) -> tuple[list[tuple[int, int]], torch.Tensor]:
+    blocks = list(read_activations(file))
+    keys = [key for each in blocks for key in zip(each.sequence_N.tolist(), each.position_N.tolist(), strict=True)]
+    return keys, torch.cat([each.vector_ND for each in blocks])
+
+
+def test_files_hold_the_models_hidden_states_and_the_table_their_moments(tmp_path: Path) -> None:
+    base, tuned = subject(0), subject(1)
+    [result] = run(tmp_path, pair_of(base, tuned), layers=(0, 1), budget=20)
+    assert rows(result).keys() == {("base", 0), ("base", 1), ("tuned", 0), ("tuned", 1)}
+    for (side, layer), row in rows(result).items():
+        keys, vector_ND = stored(tmp_path / row["file"])
+        expected = states(base if side == "base" else tuned, layer)
+        assert sorted(keys) == sorted(expected)
+        torch.testing.assert_close(vector_ND, torch.stack([expected[key] for key in keys]), atol=1e-5, rtol=1e-4)
+        exact_ND = vector_ND.double().numpy()
+        np.testing.assert_allclose(row["mean"], exact_ND.mean(0), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(row["variance"], exact_ND.var(0), rtol=1e-9, atol=1e-12)
+        assert row["mean_norm"] == pytest.approx(np.linalg.norm(exact_ND.mean(0)))
+        assert (row["n_tokens"], row["d_model"], row["dtype"]) == (sum(LENGTHS), WIDTH, "float32")
+        assert row["n_bytes"] == (tmp_path / row["file"]).stat().st_size
+
+
+def test_bf16_models_are_stored_exactly_and_their_moments_are_float64(tmp_path: Path) -> None:
+    base, tuned = subject(0, torch.bfloat16), subject(1, torch.bfloat16)
+    [result] = run(tmp_path, pair_of(base, tuned))
+    row = rows(result)["tuned", 1]
+    _, vector_ND = stored(tmp_path / row["file"])
+    assert (row["dtype"], vector_ND.dtype) == ("bfloat16", torch.bfloat16)
+    np.testing.assert_allclose(row["mean"], vector_ND.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(row["variance"], vector_ND.double().var(0, correction=0), rtol=1e-12)
+
+
+def test_base_and_tuned_rows_pair_up_also_from_runs_with_other_batches(tmp_path: Path) -> None:
+    base = subject(0)
+    [first] = run(tmp_path, pair_of(base, subject(1)), budget=12)
+    [second] = run(tmp_path, pair_of(base, subject(2)), budget=4096)
+    keys = [stored(tmp_path / rows(result)[side, 1]["file"])[0] for result in (first, second) for side in ("base", "tuned")]
+    assert keys[0] == keys[1] == keys[2] == keys[3]
+
+
+def test_the_base_is_written_once_for_all_its_pairs(tmp_path: Path) -> None:
+    base = subject(0)
+    both = run(tmp_path, pair_of(base, subject(1), "one"), pair_of(base, subject(2), "two"))
+    files = [rows(result)["base", 1]["file"] for result in both]
+    assert files[0] == files[1]
+    assert len(list(tmp_path.rglob("*.parquet"))) == 3
+    inode = (tmp_path / files[0]).stat().st_ino
+    [later] = run(tmp_path, pair_of(base, subject(3), "three"))
+    assert rows(later)["base", 1] == rows(both[0])["base", 1]
+    assert (tmp_path / files[0]).stat().st_ino == inode
+    assert len(list(tmp_path.rglob("*.parquet"))) == 4
+
+
+def test_another_number_format_or_skip_of_the_same_weights_is_never_taken_for_stored(tmp_path: Path) -> None:
+    """Else a base file of another run would lie beside a tuned file with other rows."""
+    runs = [
+        run(tmp_path, pair_of(subject(0), subject(1)))[0],
+        run(tmp_path, pair_of(subject(0, torch.bfloat16), subject(1, torch.bfloat16)))[0],
+        run(tmp_path, pair_of(subject(0), subject(1)), skip=2)[0],
+    ]
+    assert len({rows(result)["base", 1]["file"] for result in runs}) == 3
+    for result in runs:
+        base, tuned = (rows(result)[side, 1] for side in ("base", "tuned"))
+        assert stored(tmp_path / base["file"])[0] == stored(tmp_path / tuned["file"])[0]
+        assert len(stored(tmp_path / base["file"])[0]) == base["n_tokens"]
+    assert rows(runs[2])["base", 1]["n_tokens"] == sum(LENGTHS) - 2 * len(LENGTHS)
+
+
+def test_a_failed_run_is_never_read_as_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two pairs fails half way: no file of it stays, and the next run writes what it had claimed."""
+    base, tuned, other = subject(0), subject(1), subject(2)
+    pairs = pair_of(base, tuned, "one"), pair_of(base, other, "two")
+    add = ActivationWriter.add
+
+    def disk_full(self: ActivationWriter, block, vector_ND) -> None:
+        if "weights1" in str(self.path):
+            raise OSError("disk full")
+        add(self, block, vector_ND)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationWriter, "add", disk_full)
+        failed, neighbour = run(tmp_path, *pairs, budget=12)
+    assert str(failed.error) == "disk full"
+    assert isinstance(neighbour.error, StorageError)
+    assert "was left to another pair of this pass, which failed; run this pair again" in str(neighbour.error)
+    assert [file.parent.parent.name for file in tmp_path.rglob("*") if file.is_file()] == ["weights2"]
+    assert [result.error for result in run(tmp_path, *pairs)] == [None, None]
+    assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 3
+
+
+def test_a_pass_without_a_store_or_without_revisions_is_refused(tmp_path: Path) -> None:
+    [homeless] = run(None, pair_of(subject(0), subject(1)))
+    assert isinstance(homeless.error, NotComputableError)
+    assert "give paired_pass a `store` folder" in str(homeless.error)
+    [nameless] = run(tmp_path, pair_of(subject(0), Subject.of(model_files.build(seed=1))))
+    assert isinstance(nameless.error, NotComputableError)
+    assert "load the pair from the registry" in str(nameless.error)
+    assert list(tmp_path.rglob("*.parquet")) == []
+
+
+def test_table_is_readable_as_a_frame(tmp_path: Path) -> None:
+    [result] = run(tmp_path, pair_of(subject(0), subject(1)))
+    frame = pl.from_arrow(result.tables["activation_sets"])
+    assert frame["mean"].list.len().to_list() == [WIDTH, WIDTH]
+    assert ACTIVATIONS.headline(result.tables)["n_tokens"] == sum(LENGTHS)
