@@ -16,6 +16,7 @@ BENCHMARKS = (
     platform.definitions_load,
     platform.partition_overhead,
     storage.parquet,
+    storage.encodings,
     weights.lora_spectrum,
 )
 

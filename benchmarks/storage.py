@@ -31,6 +31,41 @@ def parquet() -> list[Figure]:
     ]
 
 
+def encodings(rows: int = 16384) -> list[Figure]:
+    """Why vectors are fixed-size binary: the same bf16 values as list columns, read back to arrays."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    values = torch.randn(rows, WIDTH).to(torch.bfloat16)
+    wide = pa.array(values.float().numpy().reshape(-1))
+    lists = pa.table({"vector": pa.FixedSizeListArray.from_arrays(wide, WIDTH)})
+    with tempfile.TemporaryDirectory() as folder:
+        raw, plain, packed = (Path(folder) / name for name in ("raw", "plain", "packed"))
+        raw.write_bytes(values.view(torch.uint8).numpy().tobytes())
+        pq.write_table(lists, plain, compression="none", use_dictionary=False)
+        split = {"vector.list.element": "BYTE_STREAM_SPLIT"}
+        pq.write_table(lists, packed, compression="zstd", use_dictionary=False, column_encoding=split)
+        taken = in_turn(
+            {
+                "map": lambda: np.array(np.memmap(raw, np.int16, "r")),
+                "list": lambda: _read_lists(plain),
+                "list, split and zstd": lambda: _read_lists(packed),
+            },
+            3,
+            wall_s,
+        )
+        sizes = {f"{file.name} (bytes/value)": file.stat().st_size / (rows * WIDTH) for file in (plain, packed)}
+    ratios = {f"{name} over map": seconds / taken["map"] for name, seconds in taken.items() if name != "map"}
+    return [Figure("parquet_list_column_over_memmap", ratios["list over map"], "×", None, "lower", ratios | sizes)]
+
+
+def _read_lists(file: Path) -> np.ndarray:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(file, use_threads=False)["vector"].combine_chunks().flatten().to_numpy()
+
+
 def _write(file: Path, vector_ND) -> None:
     import torch
 

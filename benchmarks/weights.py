@@ -12,7 +12,7 @@ def lora_spectrum() -> list[Figure]:
 
     torch.manual_seed(0)
     down, up = torch.randn(SIZE, RANK), torch.randn(RANK, SIZE)
-    factors_s = in_turn({"factors": lambda: factor_spectrum(down, up)}, 5, cpu_s)["factors"]
+    factors_s = in_turn({"factors": lambda: Factors(down, up).spectrum()}, 5, cpu_s)["factors"]
     dense_s = cpu_s(lambda: torch.linalg.svdvals(down @ up))
     parts = {"factors (s)": factors_s, "dense (s)": dense_s}
     return [Figure("lora_spectrum_speedup", dense_s / factors_s, "×", 20, "higher", parts)]

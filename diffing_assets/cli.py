@@ -9,6 +9,7 @@ import typer
 
 from diffing_core.errors import DiffingError
 
+WIDE = 220
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 organisms = typer.Typer(no_args_is_help=True, help="The registered finetunes.")
 app.add_typer(organisms, name="organisms")
@@ -63,7 +64,7 @@ def demo(tier: Annotated[str, typer.Option(help="tiny, demo or large.")] = "demo
 
     succeeded = run_demo(tier)
     show_results(tier)
-    typer.echo(f"\nreport:  {diffing_home() / 'site'}  (served by `make ui`)\nweb UI:  make ui\nSQL:     diffing sql \"select * from marts.method_effectiveness\"")
+    typer.echo(f"report: {diffing_home() / 'site'}\n`make ui` serves it on 127.0.0.1:3001 and the web UI on 127.0.0.1:3000")
     raise typer.Exit(0 if succeeded else 1)
 
 
@@ -95,7 +96,12 @@ def sql(query: str) -> None:
 
 
 @app.command()
-def explain(organism: str, model: str = "demo", variant: str = "default", shown: int = 5) -> None:
+def explain(
+    organism: str,
+    model: Annotated[str, typer.Argument()] = "demo",
+    variant: Annotated[str, typer.Argument()] = "default",
+    shown: Annotated[int, typer.Option(help="Findings listed per method.")] = 5,
+) -> None:
     """What each method found on one pair, what was concluded, and how right that was."""
     from diffing_assets.explain import explanation
 
@@ -112,15 +118,17 @@ def ui(port: int = 3000, site_port: int = 3001) -> None:
 
 def show_results(model: str) -> None:
     """The demo's two tables: method effectiveness, and method × organism."""
-    from diffing_assets.explain import effectiveness, method_by_organism
+    from diffing_assets.explain import LEGEND, effectiveness, method_by_organism
 
     _print_table(*effectiveness(model))
     _print_table(*method_by_organism(model))
+    typer.echo(LEGEND)
 
 
 def main() -> None:
     """Entry point: errors of this project are told in one line, without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         app()
     except DiffingError as error:
@@ -136,4 +144,7 @@ def _print_table(columns: list[str], rows: list[list[object]]) -> None:
     table = Table(*columns)
     for row in rows:
         table.add_row(*(Text("" if value is None else str(value)) for value in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDE)
+    console.print(table)

@@ -21,9 +21,23 @@ where model = ?
 order by n_detected desc, n_top1 desc, method
 """
 
+OUTCOMES = {
+    "identified": "●",
+    "ranked first, not claimed": "○",
+    "silent": "·",
+    "described": "◐",
+    "wrong claim": "✗",
+    "rightly silent": "·",
+    "false alarm": "✗",
+    "undecided": "?",
+}
+LEGEND = (
+    "● identified   ○ ranked first, but no stronger than on nulls   · silent   ✗ wrong claim or false alarm   "
+    "? too few nulls to decide"
+)
 BY_ORGANISM = """
-pivot (select label as organism, arm, method, outcome from marts.outcomes where model = ?)
-on method using any_value(outcome) group by organism, arm order by arm = 'organism' desc, organism
+select label as organism, arm, method, outcome from marts.outcomes
+where model = ? order by arm <> 'organism', organism, method
 """
 
 EXPLANATION = """
@@ -50,8 +64,13 @@ def effectiveness(model: str) -> Printed:
 
 
 def method_by_organism(model: str) -> Printed:
-    """One row per pair, one column per method: what became of it."""
-    return _query(BY_ORGANISM, [model])
+    """One row per pair, one column per method: what became of it, as a sign of LEGEND."""
+    rows = _query(BY_ORGANISM, [model])[1]
+    methods = list(dict.fromkeys(method for *_, method, _ in rows))
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for organism, arm, method, outcome in rows:
+        table.setdefault((organism, arm), {})[method] = OUTCOMES[outcome]
+    return ["finetune", "arm", *methods], [[*pair, *(cells.get(m) for m in methods)] for pair, cells in table.items()]
 
 
 def explanation(organism: str, model: str, variant: str, shown: int) -> Printed:
@@ -73,7 +92,5 @@ def _query(sql: str, parameters: list[Any]) -> Printed:
     if not path.exists():
         raise StorageError(f"{path} does not exist yet; run `diffing demo` or materialize the reports")
     with duckdb.connect(path, read_only=True) as connection:
-        if "?" in sql and sql.lstrip().startswith("pivot"):
-            sql = sql.replace("?", "'" + parameters.pop().replace("'", "''") + "'")
         result = connection.execute(sql, parameters)
         return [column[0] for column in result.description], [list(row) for row in result.fetchall()]

@@ -11,7 +11,7 @@ import dagster as dg
 
 from diffing_assets.keys import BASE_ACTIVATIONS, FINETUNE, OWNERS, PROBES, diff_key
 from diffing_assets.launch_form import form, settings_of
-from diffing_assets.partitions import PAIRS, by_model, cohorts, requested_pairs
+from diffing_assets.partitions import BASE_MODELS, PAIRS, by_model, cohorts, requested_pairs
 from diffing_assets.resources import Workspace
 from diffing_assets.shown import column_schema, outcome_metadata
 from diffing_core.comparison import Outcome, compare
@@ -74,6 +74,8 @@ def compare_assets() -> dg.AssetsDefinition:
                 yield _reported(context, method, done)
             else:
                 _report_apart(context, method, done)
+            if method.findings is None:
+                _report_base_models(context, done)
         if failed:
             raise _failure(failed)
 
@@ -88,6 +90,7 @@ def base_activations() -> dg.AssetSpec:
         description="Residual vectors of a base model on the probe corpora, shared by all its organisms.",
         owners=OWNERS,
         kinds={"parquet"},
+        partitions_def=BASE_MODELS,
     )
 
 
@@ -121,6 +124,12 @@ def _report_apart(context: dg.AssetExecutionContext, method: Method, done: list[
                 asset_key=diff_key(method), partition=outcome.pair.key, metadata=outcome_metadata(outcome)
             )
         )
+
+
+def _report_base_models(context: dg.AssetExecutionContext, done: list[Outcome]) -> None:
+    """Says which base models' activations are now stored."""
+    for model in sorted({outcome.pair.model for outcome in done}):
+        context.log_event(dg.AssetMaterialization(asset_key=BASE_ACTIVATIONS, partition=model))
 
 
 def _failure(failed: list[Outcome]) -> dg.Failure:

@@ -1,6 +1,6 @@
 """Reading the residual stream: the one place that hooks into a model's forward.
 
-Plain forward hooks, because they cost least and are bit-equal to the alternatives (docs/decisions.md);
+Plain forward hooks, because they cost least and are bit-equal to the alternatives;
 interventions go through nnsight.
 """
 

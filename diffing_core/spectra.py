@@ -74,7 +74,7 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Positive singular values, largest first, with their left vectors; not `complete` if only the leading are known."""
+    """Positive singular values, largest first, with left vectors; not `complete` if only the leading are known."""
 
     sigma_K: Any
     left_MK: Any

@@ -75,7 +75,15 @@ PROMPTS = TableSpec(
         Column("skipped", "string", "Why it was not asked; null where it was.", nullable=True),
         Column("n_samples", "int32", "Answers of each side.", role="count", low=0),
         Column("differing_share", "float64", "Share of samples whose two texts differ.", "", "effect", True, 0, 1),
-        Column("delta_tokens", "float64", "Mean length of the answers, tuned − base.", "tokens", "effect", True),
+        Column(
+            "delta_tokens",
+            "float64",
+            "Mean length of the answers, tuned − base.",
+            "tokens",
+            "effect",
+            True,
+            signed=True,
+        ),
     ),
 )
 SAMPLES = TableSpec(
@@ -104,8 +112,17 @@ WORDS = TableSpec(
         Column("n_tuned", "int64", "Times the tuned model says it.", role="count", low=0),
         Column("n_docs_base", "int64", "Answers of the base that have it.", role="count", low=0),
         Column("n_docs_tuned", "int64", "Answers of the tuned model that have it.", role="count", low=0),
-        Column("log_odds", "float64", "Log-odds ratio with a Dirichlet prior, tuned − base.", "nats", "effect"),
-        Column("z", "float64", "log_odds over its standard error, occurrences taken as independent.", "z", "effect"),
+        Column(
+            "log_odds", "float64", "Log-odds ratio with a Dirichlet prior, tuned − base.", "nats", "effect", signed=True
+        ),
+        Column(
+            "z",
+            "float64",
+            "log_odds over its standard error, occurrences taken as independent.",
+            "z",
+            "effect",
+            signed=True,
+        ),
         Column("p_value", "float64", "Exact McNemar test over samples, two-sided.", low=0, high=1),
         Column("q_value", "float64", "p_value after Benjamini–Hochberg over the listed words.", low=0, high=1),
     ),

@@ -16,7 +16,9 @@ from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry
 from diffing_core.registry.sources import Source
 from diffing_core.spectra import Factors, elementwise, of_dense
-from diffing_core.weights import WeightPair, WeightSide, place_of, unmatched_tensors, weight_stream
+from diffing_core.tensor_names import place_of
+from diffing_core.weight_files import WeightSide
+from diffing_core.weights import WeightPair, unmatched_tensors, weight_stream
 
 D, V = 16, 64
 

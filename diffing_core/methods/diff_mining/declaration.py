@@ -40,7 +40,7 @@ ORDERINGS_LEGEND = (
     "being among the largest rather than the smallest. nmf_topic_i: share of the topic's weight."
 )
 STATISTICS = (
-    Column("mean_logprob_difference", "float64", "Mean of log p_tuned − log p_base.", "nats", "effect"),
+    Column("mean_logprob_difference", "float64", "Mean of log p_tuned − log p_base.", "nats", "effect", signed=True),
     Column("count_top", "int64", "Positions where it is among the K largest differences.", role="count", low=0),
     Column("count_bottom", "int64", "Positions where it is among the K smallest.", role="count", low=0),
     Column("fraction_positive", "float64", "Share of positions with d > 0.", "share", "effect", low=0, high=1),
@@ -75,8 +75,8 @@ VOCABULARY = TableSpec(
         Column("token_id", "int32", "Vocabulary index; of merged variants, the most frequent.", role="key"),
         Column("token", "string", "The token as text."),
         *STATISTICS,
-        Column("log_odds", "float64", "Shrunk log-odds, largest against smallest.", "nats", "effect"),
-        Column("log_odds_z", "float64", "Its z, occurrences taken as independent.", "sd", "effect"),
+        Column("log_odds", "float64", "Shrunk log-odds, largest against smallest.", "nats", "effect", signed=True),
+        Column("log_odds_z", "float64", "Its z, occurrences taken as independent.", "sd", "effect", signed=True),
         Column("n_documents", "int32", "Documents in which the two counts differ.", role="count", low=0),
         Column("p_value", "float64", "Sign-flip test over documents.", nullable=True, low=0, high=1),
         Column("mean_base_probability", "float64", "Mean probability under the base."),

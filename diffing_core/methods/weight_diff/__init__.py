@@ -1,0 +1,91 @@
+"""What changed in the weights, tensor by tensor, and which tokens the change writes towards; no text is read.
+
+    ΔW = W_tuned − W_base        relative_frobenius = ‖ΔW‖_F / ‖W_base‖_F        (spectral measures: spectra.py)
+    lens of direction u:  a_t = cos(h_t, u) in the metric (C + λ I)⁻¹            C = covariance of the h_t
+    score of token t:     Σ_d σ_d z_dt² / Σ_d σ_d                                z = a, standardised over tokens
+
+h_t is the head's row of token t times the final norm's gain, minus the mean over readable tokens; λ is the
+mean eigenvalue of C. The directions u_d are the leading left singular vectors of ΔW of every matrix that
+writes into the residual stream. An arbitrary token scores 1. The metric matters: without it commas and
+articles, whose rows are long and lie where all rows lie, head every list. Measured on six demo finetunes: of
+the first 20 tokens 3 are words of the lesson with plain logits, 8 with cosines, 11 so.
+
+A singular direction has no sign; it is turned so that its farther-reaching end in the lens is "positive".
+Norms that some models apply between a module and the residual stream (Gemma 2, OLMo 2) are left out.
+
+Reference: Roy and Vetterli 2007; Halko, Martinsson and Tropp 2011; Hu et al. 2021.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+
+from diffing_core.findings import Finding
+from diffing_core.methods.base import Method, Need, Tables
+from diffing_core.methods.weight_diff.declaration import (
+    DIRECTIONS,
+    LAYERS,
+    TENSORS,
+    TOKEN_ROWS,
+    VOCABULARY,
+    WeightDiffSettings,
+)
+from diffing_core.methods.weight_diff.measuring import run
+
+RELATIVE = "relative change"
+
+
+def findings(tables: Tables, settings: WeightDiffSettings) -> list[Finding]:
+    """Tokens written towards, then the blocks and the modules that changed most relative to the base."""
+    tokens = tables[VOCABULARY.name].slice(0, settings.shown).to_pylist()
+    found = [
+        Finding("token", row["token"], row["score"], "mean z²", VOCABULARY.name, {"token_id": row["token_id"]})
+        for row in tokens
+    ]
+    for row in _largest(tables[LAYERS.name], 3):
+        place = {"layer": row["layer"], "part": row["part"]}
+        item = f"layer {row['layer']} {row['part']}"
+        found.append(Finding("layer", item, row["relative_frobenius"], RELATIVE, LAYERS.name, place, row["layer"]))
+    for row in _largest(tables[TENSORS.name], 5):
+        place = {"name": row["name"]}
+        found.append(
+            Finding("module", row["name"], row["relative_frobenius"], RELATIVE, TENSORS.name, place, row["layer"])
+        )
+    return found
+
+
+def headline(tables: Tables) -> dict[str, float | int | str]:
+    """Change over all tensors compared, where it is largest, and on how few directions it lies."""
+    layers, tensors = tables[LAYERS.name].to_pylist(), tables[TENSORS.name].to_pylist()
+    squares = [sum(row[name] ** 2 for row in layers) for name in ("frobenius", "base_frobenius")]
+    matrices = [(row["frobenius"] ** 2, row["stable_rank"]) for row in tensors if row["stable_rank"]]
+    weight = sum(square for square, _ in matrices)
+    top = _largest(tables[LAYERS.name], 1)
+    scores = tables[VOCABULARY.name]["score"]
+    return {
+        "relative_change": (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0,
+        "top_layer": f"{top[0]['layer']} {top[0]['part']}" if top else "none",
+        "mean_stable_rank": sum(square * rank for square, rank in matrices) / weight if weight else 0.0,
+        "n_tensors_changed": sum(1 for row in tensors if row["frobenius"]),
+        "top_token_score": scores[0].as_py() if len(scores) else 0.0,
+    }
+
+
+def _largest(table: pa.Table, n_rows: int) -> list[dict[str, Any]]:
+    """Rows of blocks with the largest relative change, none without change."""
+    changed = [row for row in table.to_pylist() if row["relative_frobenius"] and row["layer"] is not None]
+    return sorted(changed, key=lambda row: -row["relative_frobenius"])[:n_rows]
+
+
+METHOD = Method(
+    name="weight_diff",
+    version="1",
+    kind="weights",
+    needs=frozenset({Need.WEIGHTS}),
+    settings=WeightDiffSettings,
+    tables=(TENSORS, LAYERS, DIRECTIONS, VOCABULARY, TOKEN_ROWS),
+    reference="Roy and Vetterli 2007; Halko, Martinsson and Tropp 2011; Hu et al. 2021",
+    findings=findings,
+    headline=headline,
+    run=run,
+)

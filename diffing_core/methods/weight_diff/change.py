@@ -1,0 +1,130 @@
+"""The change of one tensor, and what is measured on it and over the tensors of a block.
+
+Suffixes: M rows (outputs), D model width, K directions.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from diffing_core.lazy import torch
+from diffing_core.methods.weight_diff.declaration import TENSORS, WeightDiffSettings
+from diffing_core.spectra import ENERGY_SHARES, Spectrum, elementwise, of_dense
+from diffing_core.tensor_names import POSITIONS, place_of
+from diffing_core.weights import TensorDelta
+
+WRITERS = frozenset(
+    {"o_proj", "down_proj", "c_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "wo", "w2"}
+)
+SPECTRAL = ("spectral", "nuclear", "effective_rank", "stable_rank", "participation_ratio")
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One tensor's delta with what is computed from it once."""
+
+    delta: TensorDelta
+    base: Any
+    dense: Any | None
+    spectrum: Spectrum | None
+
+    @classmethod
+    def of(cls, delta: TensorDelta, settings: WeightDiffSettings, generator: Any) -> "Change":
+        """Reads the base's tensor and finds the singular values, if it is a matrix."""
+        if delta.factors is not None:
+            return cls(delta, delta.load_base(), None, delta.factors.spectrum())
+        change = delta.pair.tuned - delta.pair.base
+        spectrum = None
+        if change.ndim == 2:
+            spectrum = of_dense(change, exact_side=settings.exact_side, n_leading=settings.leading, generator=generator)
+        return cls(delta, delta.pair.base, change, spectrum)
+
+    @cached_property
+    def base_frobenius(self) -> float:
+        """‖W_base‖_F."""
+        return _length(self.base)
+
+    @cached_property
+    def frobenius(self) -> float:
+        """‖ΔW‖_F."""
+        return self.spectrum.frobenius if self.spectrum is not None else _length(self.dense)
+
+    def cosine(self) -> float | None:
+        """Between base and tuned, from 1 − cos = (‖ΔW‖² − (‖W₁‖ − ‖W₀‖)²) / 2‖W₀‖‖W₁‖: exactly 1 for no change."""
+        factors = self.delta.factors
+        inner = factors.inner(self.base) if factors else (self.base.double() * self.dense.double()).sum().item()
+        squared = self.base_frobenius**2 + 2 * inner + self.frobenius**2
+        tuned_frobenius = max(squared, 0.0) ** 0.5
+        if not self.base_frobenius or not tuned_frobenius:
+            return None
+        gap = (tuned_frobenius**2 - self.base_frobenius**2) / (tuned_frobenius + self.base_frobenius)
+        return 1 - (self.frobenius**2 - gap**2) / (2 * self.base_frobenius * tuned_frobenius)
+
+    def row_norms(self, *, own: bool = False) -> Any:
+        """Length of each row's change, [M]; `own`: less the mean change of all rows."""
+        if self.delta.factors:
+            return self.delta.factors.row_norms(centred=own)
+        return (self.dense - self.dense.mean(0) if own else self.dense).norm(dim=1)
+
+    def writes(self) -> bool:
+        """Whether it is a changed matrix that writes into the residual stream."""
+        writes = self.delta.projection in WRITERS and self.delta.part in ("attn", "mlp")
+        return writes and self.spectrum is not None and len(self.spectrum.sigma_K) > 0
+
+    def has_token_rows(self) -> bool:
+        """Whether its rows belong to tokens."""
+        tokens = self.delta.part in ("embed", "head") and self.delta.projection not in POSITIONS
+        return tokens and len(self.delta.shape) == 2
+
+
+def tensor_row(change: Change) -> dict[str, Any]:
+    """Every measure of one tensor that was compared."""
+    delta, spectrum, base = change.delta, change.spectrum, change.base_frobenius
+    row = unmatched_row(delta.name, "compared", delta.shape) | {
+        "n_rows_left_out": delta.n_left_out,
+        "factor_rank": delta.factors.left_MR.shape[1] if delta.factors else None,
+        "base_frobenius": base,
+        "frobenius": change.frobenius,
+        "relative_frobenius": change.frobenius / base if base else None,
+        "cosine": change.cosine(),
+    }
+    if spectrum is not None:
+        row |= {name: getattr(spectrum, name) for name in SPECTRAL}
+        row |= {name: spectrum.energy_rank(share) for name, share in ENERGY_SHARES.items()}
+    if change.dense is not None and change.dense.numel():
+        row |= elementwise(change.base, change.dense)
+    return row
+
+
+def unmatched_row(name: str, status: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Place and shape of a tensor, all measures null."""
+    layer, part, projection = place_of(name)
+    empty = {column.name: None for column in TENSORS.columns}
+    named = {"name": name, "status": status, "layer": layer, "part": part, "projection": projection}
+    return empty | named | {"shape": list(shape), "n_rows_left_out": 0}
+
+
+def layer_rows(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sums of squares per block and part, in the order of the tensors."""
+    sums: dict[tuple[int | None, str], list[float]] = {}
+    for row in tensors:
+        group = sums.setdefault((row["layer"], row["part"]), [0, 0.0, 0.0])
+        for place, value in enumerate((1, row["base_frobenius"] ** 2, row["frobenius"] ** 2)):
+            group[place] += value
+    total = sum(change for _, _, change in sums.values())
+    return [
+        {
+            "layer": layer,
+            "part": part,
+            "n_tensors": n_tensors,
+            "base_frobenius": base**0.5,
+            "frobenius": change**0.5,
+            "relative_frobenius": (change / base) ** 0.5 if base else None,
+            "share_of_change": change / total if total else 0.0,
+        }
+        for (layer, part), (n_tensors, base, change) in sums.items()
+    ]
+
+
+def _length(tensor: Any) -> float:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()

@@ -1,0 +1,120 @@
+"""The directions that modules write into the residual stream, and the tokens that these point to.
+
+Suffixes: K directions, D model width, V vocabulary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffing_core.lazy import torch
+from diffing_core.methods.weight_diff.declaration import WeightDiffSettings
+from diffing_core.methods.weight_diff.vocabulary import Vocabulary
+from diffing_core.spectra import Lens
+from diffing_core.weight_files import OpenSide
+from diffing_core.weights import TensorDelta, WeightPair
+
+FINAL_NORMS = (
+    "norm.weight",
+    "final_layernorm.weight",
+    "ln_f.weight",
+    "gpt_neox.final_layer_norm.weight",
+    "decoder.final_layer_norm.weight",
+)
+GAIN_ABOVE_ONE = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "paligemma"})  # files hold gain − 1
+CENTRED_WITHOUT_BIAS = ("cohere",)
+MODULES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """The leading directions that one module writes, [K, D], and their sizes."""
+
+    delta: TensorDelta
+    direction_KD: Any
+    sigma_K: Any
+    energy_K: Any
+
+
+def read_directions(
+    pair: WeightPair, written: list[Written], settings: WeightDiffSettings
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of directions with the tokens at their ends, and of tokens over all; none where no head is known."""
+    side = OpenSide(pair.base) if written else None
+    if side is None or _final_norm(side) is None or side.place(side.checkpoint.head) is None:
+        return [], []
+    vocabulary = Vocabulary(pair.tokenizer(), side.place(side.checkpoint.head).shape[0])
+    lens = _lens_of(side, vocabulary.readable_V)
+    rows: list[dict[str, Any]] = []
+    score_V = torch.zeros(len(vocabulary.texts), dtype=torch.float64)
+    best_V, best_module_V = torch.zeros_like(score_V), torch.zeros(len(score_V), dtype=torch.int64)
+    for number, (module, z_KV) in enumerate(_lenses(lens, written)):
+        rows += _direction_rows(module, z_KV, vocabulary, settings.direction_tokens)
+        share_V = (z_KV.double() ** 2 * module.sigma_K[:, None]).sum(0)
+        score_V += share_V
+        best_module_V[share_V > best_V] = number
+        best_V = torch.maximum(best_V, share_V)
+    score_V /= sum(module.sigma_K.sum() for module in written)
+    score_V[~lens.readable_V] = -1
+    ids = score_V.argsort(descending=True, stable=True)[: min(settings.top_tokens, int(lens.readable_V.sum()))]
+    return rows, [
+        {
+            "token_id": token,
+            "token": vocabulary.texts[token],
+            "score": score_V[token].item(),
+            "strongest_module": written[int(best_module_V[token])].delta.name,
+        }
+        for token in ids.tolist()
+    ]
+
+
+def _lenses(lens: Lens, written: list[Written]) -> Iterable[tuple[Written, Any]]:
+    """Every module with its z [K, V]; the head is read once for many modules."""
+    for start in range(0, len(written), MODULES_AT_ONCE):
+        modules = written[start : start + MODULES_AT_ONCE]
+        z_KV = lens.standardised(torch.cat([module.direction_KD for module in modules]))
+        yield from zip(modules, z_KV.split([len(module.sigma_K) for module in modules]), strict=True)
+
+
+def _lens_of(side: OpenSide, readable_V: np.ndarray) -> Lens:
+    """The lens of a model on disk whose norm and head are known."""
+    norm = _final_norm(side)
+    kind = side.checkpoint.model_type
+    centred = side.place(norm.replace(".weight", ".bias")) is not None or kind.startswith(CENTRED_WITHOUT_BIAS)
+    gain_D = side.dense(norm) + (1 if kind in GAIN_ABOVE_ONE else 0)
+    return Lens(side.place(side.checkpoint.head).read(), gain_D, readable_V, centred=centred)
+
+
+def _direction_rows(module: Written, z_KV: Any, vocabulary: Vocabulary, n_tokens: int) -> list[dict[str, Any]]:
+    delta = module.delta
+    hidden_V = torch.as_tensor(~vocabulary.readable_V)
+    n_tokens = min(n_tokens, int(vocabulary.readable_V.sum()))
+    ends = []
+    for sign in (1, -1):
+        z, ids = (sign * z_KV).masked_fill(hidden_V, -torch.inf).topk(n_tokens)
+        ends.append([(z[0].item(), vocabulary.of(row.tolist())) for z, row in zip(z, ids, strict=True)])
+    rows = []
+    for number, pair_of_ends in enumerate(zip(*ends, strict=True)):
+        (far, far_tokens), (near, near_tokens) = sorted(pair_of_ends, key=lambda end: -end[0])
+        rows.append(
+            {
+                "name": delta.name,
+                "direction": number + 1,
+                "layer": delta.layer,
+                "part": delta.part,
+                "side": "write",
+                "sigma": module.sigma_K[number].item(),
+                "energy_share": module.energy_K[number].item(),
+                "positive_tokens": far_tokens,
+                "negative_tokens": near_tokens,
+                "positive_z": max(far, 0.0),
+                "negative_z": max(near, 0.0),
+            }
+        )
+    return rows
+
+
+def _final_norm(side: OpenSide) -> str | None:
+    return next((name for name in FINAL_NORMS if side.place(name)), None)

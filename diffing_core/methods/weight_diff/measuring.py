@@ -1,0 +1,56 @@
+"""The run of `weight_diff`: one pass over the tensors of a pair, then the lens over what they write."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from diffing_core.lazy import torch
+from diffing_core.methods.base import Inputs, Need, Tables
+from diffing_core.methods.weight_diff.change import Change, layer_rows, tensor_row, unmatched_row
+from diffing_core.methods.weight_diff.declaration import (
+    DIRECTIONS,
+    LAYERS,
+    TENSORS,
+    TOKEN_ROWS,
+    VOCABULARY,
+    WeightDiffSettings,
+)
+from diffing_core.methods.weight_diff.directions import Written, read_directions
+from diffing_core.methods.weight_diff.vocabulary import token_rows
+from diffing_core.tables import TableSpec
+from diffing_core.weights import WeightPair, unmatched_tensors, weight_stream
+
+
+def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
+    """The five tables of one pair; no rows where both sides are the same files."""
+    pair: WeightPair = inputs[Need.WEIGHTS]
+    generator = torch.Generator().manual_seed(settings.seed)
+    tensors: list[dict[str, Any]] = []
+    written: list[Written] = []
+    changed_rows: list[tuple[str, Any]] = []
+    for delta in weight_stream(pair):
+        change = Change.of(delta, settings, generator)
+        tensors.append(tensor_row(change))
+        if change.writes():
+            k = settings.directions
+            spectrum = change.spectrum
+            shares_K = spectrum.energy_shares_K[:k]
+            written.append(Written(delta, spectrum.left_MK[:, :k].T, spectrum.sigma_K[:k], shares_K))
+        if change.has_token_rows() and change.frobenius:
+            sizes = (change.row_norms(own=True), change.row_norms(), change.base.norm(dim=1))
+            changed_rows.append((delta.name, torch.stack(sizes)))
+    layers = layer_rows(tensors)
+    tensors += [unmatched_row(each.name, each.status, each.shape) for each in unmatched_tensors(pair)]
+    directions, vocabulary = read_directions(pair, written, settings)
+    return {
+        TENSORS.name: _table(TENSORS, tensors),
+        LAYERS.name: _table(LAYERS, layers),
+        DIRECTIONS.name: _table(DIRECTIONS, directions),
+        VOCABULARY.name: _table(VOCABULARY, vocabulary),
+        TOKEN_ROWS.name: _table(TOKEN_ROWS, token_rows(pair, changed_rows, settings.token_rows)),
+    }
+
+
+def _table(spec: TableSpec, rows: list[Mapping[str, Any]]) -> pa.Table:
+    return spec.table({name: [row[name] for row in rows] for name in spec.schema.names})
