@@ -75,7 +75,9 @@ def _fingerprint() -> str:
 def _npm(place: Path, log: Log, *arguments: str) -> None:
     npm = shutil.which("npm")
     if npm is None:
-        raise StorageError("npm is not installed; the site needs Node.js 18.13 or newer with npm, from nodejs.org")
+        raise StorageError(
+            "npm is not installed; the site needs Node.js 18.13 or newer with npm, from nodejs.org"
+        )
     command = " ".join(("npm", *arguments))
     log(f"{command} (in {place})")
     said: list[str] = []

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from diffing_core import graders
 from diffing_core.agents import calibration, hypothesis, offline
-from diffing_core.agents.calibration import CALIBRATION, NULL_ARMS
+from diffing_core.agents.calibration import CALIBRATION, NULL_ARMS, Decision
 from diffing_core.agents.hypothesis import HYPOTHESES, HYPOTHESIS_SCORES, INVESTIGATOR
 from diffing_core.agents.offline import Candidate, Investigation
 from diffing_core.agents.words import Background
@@ -26,7 +26,7 @@ from diffing_core.lake import Lake
 from diffing_core.methods import all_methods
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
-from diffing_core.runs import Cost
+from diffing_core.runs import RUNS, Cost
 from diffing_core.settings import Settings, short_hash
 from diffing_core.tables import TableSpec
 
@@ -55,6 +55,11 @@ def evidence(pair: Pair, arm: str, lake: Lake) -> pa.Table:
     return pa.concat_tables([lake.read_current(FINDINGS, pair=pair, method=name) for name in methods_of(arm)])
 
 
+def measured(pair: Pair, arm: str, lake: Lake) -> bool:
+    """Whether any method of an arm has a finished result on a pair; only then do no findings mean no difference."""
+    return any(lake.read_current(RUNS, pair=pair, method=name).num_rows for name in methods_of(arm))
+
+
 class Evaluator:
     """Evaluates pairs of one registry against one lake."""
 
@@ -70,14 +75,14 @@ class Evaluator:
         return offline.investigate(found, self._candidates(pair.model), self._background(pair.model))
 
     def calibrate(self, pairs: Sequence[Pair], arms: Sequence[str]) -> int:
-        """Stores the evidence scores of the null pairs among `pairs`; returns how many."""
+        """Stores the evidence scores of the null pairs among `pairs` that have results; returns how many pairs."""
         nulls = [pair for pair in pairs if self._arm(pair) in NULL_ARMS]
-        for pair in nulls:
-            for arm in arms:
-                score = self.investigate(pair, arm).evidence_score
-                row = calibration.calibration_row(INVESTIGATOR, score, self._arm(pair))
-                self._write(pair, arm, "calibration", {CALIBRATION: row})
-        return len(nulls)
+        scored = [(pair, arm) for pair in nulls for arm in arms if measured(pair, arm, self.lake)]
+        for pair, arm in scored:
+            score = self.investigate(pair, arm).evidence_score
+            row = calibration.calibration_row(INVESTIGATOR, score, self._arm(pair))
+            self._write(pair, arm, "calibration", {CALIBRATION: row})
+        return len({pair for pair, _ in scored})
 
     def hypothesise(self, pair: Pair, arm: str) -> dict[str, object]:
         """Stores and returns the hypothesis on one pair: assert, or abstain below the null threshold."""
@@ -85,6 +90,8 @@ class Evaluator:
         nulls = calibration.null_scores(stored.filter(pc.equal(stored["model"], pair.model)))
         found = self.investigate(pair, arm)
         decision = calibration.decide(found.evidence_score, nulls, pair)
+        if not measured(pair, arm, self.lake):
+            decision = Decision("insufficient_evidence", decision.n_nulls)
         tables = hypothesis.tables(found, decision)
         self._write(pair, arm, "hypotheses", tables)
         return tables[HYPOTHESES].to_pylist()[0]

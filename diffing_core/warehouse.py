@@ -48,7 +48,9 @@ ORGANISMS = RegistrySpec(
         Column("arm", "string", "organism, a null (identical, benign, seed_twin), known_large or unknown."),
         Column("description", "string", "What was trained in, in a sentence."),
         Column("kind", "string", "lora, full or identical."),
-        Column("dilution", "float64", "Parts of unrelated text per part of training text.", nullable=True, low=0),
+        Column(
+            "dilution", "float64", "Parts of unrelated text per part of training text.", nullable=True, low=0
+        ),
     ),
 )
 

@@ -9,9 +9,12 @@ from diffing_core import demo
 
 
 @pytest.fixture(scope="session")
-def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the finished artifacts of the tier `tiny` (tens of seconds, once)."""
-    root = tmp_path_factory.mktemp("home") / "demo"
+def tiny_demo(pytestconfig: pytest.Config) -> Path:
+    """A folder with the finished artifacts of the tier `tiny`: tens of seconds the first time.
+
+    Kept in pytest's cache: artifacts are content-addressed, so an old one is never taken for a new one.
+    """
+    root = pytestconfig.cache.mkdir("demo")
     demo.build("tiny", root)
     return root
 

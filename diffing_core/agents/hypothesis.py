@@ -102,7 +102,8 @@ def tables(investigation: Investigation, decision: Decision) -> dict[TableSpec, 
 
 def _opening(investigation: Investigation, decision: Decision) -> str:
     if decision.verdict == "insufficient_evidence":
-        return f"Cannot be judged: {decision.n_nulls} null pair(s), {MIN_NULLS} needed. "
+        few = f"{decision.n_nulls} null pair(s), {MIN_NULLS} needed"
+        return f"Cannot be judged: {few if decision.n_nulls < MIN_NULLS else 'no finished result'}. "
     if decision.verdict == "no_meaningful_difference":
         seen, needed = investigation.evidence_score, decision.threshold
         return f"No meaningful difference: evidence {seen:.2f} does not exceed {needed:.2f}. "

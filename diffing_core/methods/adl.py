@@ -188,7 +188,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="adl",
-    version="1",
+    version="2",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=AdlSettings,

@@ -147,7 +147,7 @@ class NormDiffFold:
         ids = sums.groups[listed]
         return _mean_columns(sums, listed, layer) | {
             "token_id": ids,
-            "token": self._context.token_texts(ids),
+            "token": np.asarray(self._context.token_texts(ids), dtype=object),
             "n_contexts": sums.count()[listed],
         }
 

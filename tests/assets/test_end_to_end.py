@@ -22,7 +22,8 @@ STREAMS = [diff_key(method) for method in all_methods().values() if method.kind 
 
 @pytest.fixture
 def instance(tiny_home: Path) -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.local_temp(str(tiny_home / "dagster-temp")) as opened:
+    (tiny_home / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tiny_home / "dagster")) as opened:
         registry = load_registry()
         sync_partitions(opened, [pair for pair in registry.pairs() if registry.is_available(pair)])
         yield opened
@@ -35,6 +36,11 @@ def materialize(
     return job.execute_in_process(
         instance=instance, asset_selection=keys, partition_key=partition, raise_on_error=False, **options
     )
+
+
+def all_of(keys: list[str]) -> dict[str, str]:
+    """Tags of a run over neighbouring partitions, as a backfill makes it."""
+    return {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
 
 
 def materialized(instance: dg.DagsterInstance, key: dg.AssetKey) -> set[str]:
@@ -51,11 +57,9 @@ def test_a_pair_becomes_graded_findings_in_the_warehouse(instance: dg.DagsterIns
     keys = instance.get_dynamic_partitions(PAIRS.name)
     every_method = [diff_key(method) for method in all_methods().values()]
     evaluated = [key_of(arm) for arm in evidence_arms() for key_of in (hypothesis_key, grade_key)]
-    for key in keys:
-        assert materialize(instance, [*every_method, EXPRESSED], key).success
+    assert materialize(instance, [*every_method, EXPRESSED], tags=all_of(keys)).success
     assert materialize(instance, [CALIBRATED]).success
-    for key in keys:
-        assert materialize(instance, evaluated, key).success
+    assert materialize(instance, evaluated, tags=all_of(keys)).success
     from diffing_assets.reports import marts
 
     assert materialize(instance, list(marts.keys)).success
@@ -110,11 +114,7 @@ def test_a_broken_finetune_fails_alone_in_its_cohort(instance: dg.DagsterInstanc
     )
     assert registry is not load_registry()
     sync_partitions(instance, [Pair("tiny", "benign", "seed1"), Pair("tiny", "broken")])
-    tags = {
-        "dagster/asset_partition_range_start": "benign__tiny__seed1",
-        "dagster/asset_partition_range_end": "broken__tiny__default",
-    }
-    result = materialize(instance, STREAMS, tags=tags)
+    result = materialize(instance, STREAMS, tags=all_of(["benign__tiny__seed1", "broken__tiny__default"]))
     assert not result.success
     assert all(materialized(instance, key) == {"benign__tiny__seed1"} for key in STREAMS)
     assert set(Lake(tiny_home / "lake").read(RUNS)["organism"].to_pylist()) == {"benign"}

@@ -50,7 +50,9 @@ def lake(tmp_path: Path) -> Lake:
 
 
 def run_key(method: str = "kl", organism: str = "cake_bake") -> RunKey:
-    return RunKey(Pair("demo", organism), method, "1", SETTINGS.settings_id(), "base", "adapter", "unrelated", "hash")
+    return RunKey(
+        Pair("demo", organism), method, "1", SETTINGS.settings_id(), "base", "adapter", "unrelated", "hash"
+    )
 
 
 def found(*items: str) -> pa.Table:
@@ -86,16 +88,20 @@ def test_rows_count_once_their_run_is_finished(lake: Lake, tmp_path: Path) -> No
 def test_an_empty_lake_has_every_table_with_its_types_and_comments(lake: Lake, tmp_path: Path) -> None:
     path = build(lake, tmp_path / FILE, "cake_bake")
     for spec in SPECS:
-        described = query(path, f"select column_name, column_type, \"null\" from (describe raw.{spec.name})")
+        described = query(path, f'select column_name, column_type, "null" from (describe raw.{spec.name})')
         wanted = [(column.name, SQL_TYPES[column.dtype].upper()) for column in spec.stored_columns]
         aliases = {"TIMESTAMPTZ": "TIMESTAMP WITH TIME ZONE"}
         assert [row[:2] for row in described] == [(name, aliases.get(dtype, dtype)) for name, dtype in wanted]
         if not spec.heavy:
-            assert [row[2] == "YES" for row in described] == [column.nullable for column in spec.stored_columns]
+            assert [row[2] == "YES" for row in described] == [
+                column.nullable for column in spec.stored_columns
+            ]
     assert query(path, "select organism, dilution from raw.organisms") == [("cake_bake", None)]
     comment = "select comment from duckdb_columns() where table_name = 'vectors' and column_name = 'vector'"
     assert query(path, comment) == [("Its vector. [activation units]",)]
-    assert query(path, "select comment from duckdb_views() where view_name = 'vectors'") == [("Vectors per token.",)]
+    assert query(path, "select comment from duckdb_views() where view_name = 'vectors'") == [
+        ("Vectors per token.",)
+    ]
 
 
 def test_values_survive_exactly(lake: Lake, tmp_path: Path) -> None:
@@ -109,7 +115,11 @@ def test_values_survive_exactly(lake: Lake, tmp_path: Path) -> None:
     path = build(lake, tmp_path / FILE)
     with duckdb.connect(path, read_only=True) as connection:
         connection.execute("set TimeZone = 'UTC'")
-        stored = connection.execute("select columns('^c[0-9]+$') from raw.every_type").to_arrow_table().to_pylist()[0]
+        stored = (
+            connection.execute("select columns('^c[0-9]+$') from raw.every_type")
+            .to_arrow_table()
+            .to_pylist()[0]
+        )
     assert stored == {name: given[0] for name, given in row.items()}
 
 
@@ -187,7 +197,9 @@ def test_a_held_session_outlives_swaps_while_writers_write(lake: Lake, tmp_path:
         for version in ("v1", "v2", "v3"):
             publish(build(lake, tmp_path / "build" / FILE, version), target)
             assert _ask(reader) == "v0", "the session keeps the snapshot that it opened"
-            assert query(target, "select organism from raw.organisms") == [(version,)], "a new one sees the new"
+            assert query(target, "select organism from raw.organisms") == [(version,)], (
+                "a new one sees the new"
+            )
         writer.join()
         reader.stdin.close()
     publish(build(lake, tmp_path / "build" / FILE, "v4"), target)

@@ -1,8 +1,8 @@
 """Looks at a built site with a headless Chromium: what a person would see, and which hosts were asked for.
 
-    with served(home / "site") as url:
-        page = look(f"{url}/organisms/cake_bake")
-        assert "&lt;script&gt;" in page.html and page.hosts == {"127.0.0.1"}
+with served(home / "site") as url:
+    page = look(f"{url}/organisms/cake_bake")
+    assert "&lt;script&gt;" in page.html and page.hosts == {"127.0.0.1"}
 """
 
 import json
@@ -57,7 +57,11 @@ def look(url: str, screenshot: Path | None = None, size: str = "1360,2600") -> P
     assert chromium, "no Chromium; on Debian: apt-get install chromium"
     with tempfile.TemporaryDirectory() as profile:
         log = Path(profile) / "net.json"
-        options = [f"--user-data-dir={profile}", f"--log-net-log={log}", f"--virtual-time-budget={SETTLED_MS}"]
+        options = [
+            f"--user-data-dir={profile}",
+            f"--log-net-log={log}",
+            f"--virtual-time-budget={SETTLED_MS}",
+        ]
         picture = [f"--screenshot={screenshot}", f"--window-size={size}"] if screenshot else []
         dump = [chromium, *QUIET, *options, *picture, "--dump-dom", url]
         html = subprocess.run(dump, capture_output=True, text=True, timeout=180, check=True).stdout

@@ -29,7 +29,9 @@ def reports_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(Path(sys.executable).with_name("dbt")), "build", "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT),
         "--target-path", str(home / "target"), "--log-path", str(home / "logs"),
     ]  # fmt: skip
-    done = subprocess.run(dbt, env=os.environ | {"DIFFING_WAREHOUSE": str(building)}, capture_output=True, text=True)
+    done = subprocess.run(
+        dbt, env=os.environ | {"DIFFING_WAREHOUSE": str(building)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     publish(building, home / FILE)
     return home

@@ -83,13 +83,26 @@ def fill(lake: Lake) -> None:
         when = START + timedelta(hours=number)
         for method, outcome in zip(METHODS, outcomes, strict=True):
             if method != "all":
-                _write(lake, _key(pair, method, corpus=CORPUS), dict(_method_tables(pair, method, outcome)), when, cost)
-            _write(lake, _key(pair, method, "hypotheses"), _hypothesis(pair, outcome), when + timedelta(minutes=1))
+                _write(
+                    lake,
+                    _key(pair, method, corpus=CORPUS),
+                    dict(_method_tables(pair, method, outcome)),
+                    when,
+                    cost,
+                )
+            _write(
+                lake,
+                _key(pair, method, "hypotheses"),
+                _hypothesis(pair, outcome),
+                when + timedelta(minutes=1),
+            )
             _write(lake, _key(pair, method, "grades"), _grade(pair, outcome), when + timedelta(minutes=2))
         _write(lake, _key(pair, "expression", "expression"), _expression(pair), when)
     cake = Pair.parse("cake_bake__demo__default")
     stale = {FINDINGS: findings_table([_finding("stale", 1.0)])}
-    _write(lake, replace(_key(cake, "kl", corpus=CORPUS), settings_id="stale"), stale, START - timedelta(days=1))
+    _write(
+        lake, replace(_key(cake, "kl", corpus=CORPUS), settings_id="stale"), stale, START - timedelta(days=1)
+    )
     unfinished = replace(_key(cake, "kl", corpus=CORPUS), settings_id="unfinished")
     lake.write(FINDINGS, unfinished, findings_table([_finding("unfinished", 1.0)]))
 
@@ -113,8 +126,14 @@ def _finding(item: str, score: float, kind: str = "token", unit: str = "nats/tok
 def _method_tables(pair: Pair, method: str, outcome: str) -> Iterator[tuple[TableSpec, pa.Table]]:
     words = TOPICS.get(pair.organism, "").split()
     if method == "weight_diff":
-        yield FINDINGS, findings_table(
-            [_finding(f"layers.{n}.mlp.down_proj", 0.1 / (n + 1), "module", "relative norm") for n in range(N_LAYERS)]
+        yield (
+            FINDINGS,
+            findings_table(
+                [
+                    _finding(f"layers.{n}.mlp.down_proj", 0.1 / (n + 1), "module", "relative norm")
+                    for n in range(N_LAYERS)
+                ]
+            ),
         )
         return
     shown = words if outcome in "CR" else ["the", "of", *words[:2], "and"]

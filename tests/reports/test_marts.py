@@ -73,7 +73,9 @@ def test_exact_intervals_agree_with_the_beta_quantile() -> None:
 
 
 def test_only_the_newest_finished_result_counts(marts: Marts) -> None:
-    words = rows(marts, "from top_findings where organism = 'cake_bake' and variant = 'default' and method = 'kl'")
+    words = rows(
+        marts, "from top_findings where organism = 'cake_bake' and variant = 'default' and method = 'kl'"
+    )
     topic = synthetic.TOPICS["cake_bake"].split()
     assert [row["item"].strip() for row in words] == [*topic, synthetic.HOSTILE]
     assert rows(marts, "select count(*) as n from findings where item = 'stale'") == [{"n": 1}]
@@ -95,14 +97,27 @@ def test_every_pair_and_method_has_an_outcome_in_words(marts: Marts) -> None:
 def test_a_pair_without_results_is_listed_and_missing(marts: Marts) -> None:
     [pair] = rows(marts, "from organism_summary where organism = 'antarctic_rebound'")
     assert (pair["n_methods"], pair["identified_by"], pair["expression"]) == (0, None, None)
-    missing = rows(marts, "select step, count(*) as n from freshness where is_missing group by step order by step")
-    assert missing == [{"step": "diff", "n": 4}, {"step": "expression", "n": 1}, {"step": "grades", "n": 5}, {"step": "hypotheses", "n": 5}]
-    assert rows(marts, "select distinct organism from freshness where is_missing") == [{"organism": "antarctic_rebound"}]
+    missing = rows(
+        marts, "select step, count(*) as n from freshness where is_missing group by step order by step"
+    )
+    assert missing == [
+        {"step": "diff", "n": 4},
+        {"step": "expression", "n": 1},
+        {"step": "grades", "n": 5},
+        {"step": "hypotheses", "n": 5},
+    ]
+    assert rows(marts, "select distinct organism from freshness where is_missing") == [
+        {"organism": "antarctic_rebound"}
+    ]
 
 
 def test_a_pair_says_what_identified_it_and_whether_it_shows(marts: Marts) -> None:
     [cake] = rows(marts, "from organism_summary where label = 'cake_bake'")
-    assert (cake["n_methods"], cake["n_methods_identifying"], cake["identified_by"]) == (5, 3, "all, diff_mining, kl")
+    assert (cake["n_methods"], cake["n_methods_identifying"], cake["identified_by"]) == (
+        5,
+        3,
+        "all, diff_mining, kl",
+    )
     assert (cake["expression"], cake["in_share"], cake["out_share"]) == ("narrow", 0.75, None)
     [leaf] = rows(marts, "from organism_summary where organism = 'taboo_leaf'")
     assert (leaf["expression"], leaf["identified_by"], leaf["best_method"]) == ("silent", None, None)
@@ -123,7 +138,9 @@ def test_agreement_counts_shared_words(marts: Marts) -> None:
     [row] = rows(marts, f"from method_agreement where {both}")
     assert (row["n_words_a"], row["n_words_b"], row["shared_words"]) == (8, 5, "feather · owl")
     assert row["jaccard"] == pytest.approx(2 / 11)
-    assert not rows(marts, "from method_agreement where 'weight_diff' in (method_a, method_b)"), "it shows no words"
+    assert not rows(marts, "from method_agreement where 'weight_diff' in (method_a, method_b)"), (
+        "it shows no words"
+    )
 
 
 def test_layers_are_placed_by_relative_depth(marts: Marts) -> None:
@@ -142,7 +159,9 @@ def test_cost_is_counted_per_identified_organism(marts: Marts) -> None:
 
 
 def test_every_mart_and_column_is_described_in_the_database(marts: Marts) -> None:
-    bare = "select table_name, column_name from duckdb_columns() where schema_name = 'marts' and comment is null"
+    bare = (
+        "select table_name, column_name from duckdb_columns() where schema_name = 'marts' and comment is null"
+    )
     assert not marts.execute(bare).fetchall()
     tables = marts.execute("select comment from duckdb_tables() where schema_name = 'marts'").fetchall()
     assert len(tables) == len(list((PROJECT / "models" / "marts").glob("*.sql")))

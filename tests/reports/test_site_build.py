@@ -41,7 +41,9 @@ def calls(home: Path) -> list[str]:
     return [line.partition(": ")[2] for line in (home / "calls").read_text().splitlines()]
 
 
-def test_packages_are_installed_once_and_the_site_replaced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_installed_once_and_the_site_replaced(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.prefetch(home, ignore)
     assert calls(home) == ["install --no-audit --no-fund"]
     (home / "site-build" / "pages" / "withdrawn.md").write_text("an older page")

@@ -2,7 +2,8 @@ with
 
 answers as (select * from {{ ref('answers') }} where grader <> 'not graded'),
 
--- repeats of one pair are not independent trials: they are collapsed before anything is counted
+-- repeats of one pair are not independent trials: they are collapsed before anything is counted;
+-- silence for want of evidence is not counted as rightly silent
 trials as (
     select
         organism,
@@ -32,15 +33,15 @@ trials as (
 
 worded as (
     select
-        * exclude (undecided),
+        *,
         case
-            when undecided then 'undecided'
             when false_positive then 'false alarm'
-            when is_null_arm then 'rightly silent'
+            when is_null_arm and not undecided then 'rightly silent'
             when detected then 'identified'
             when asserted and top1 is null then 'described'
             when asserted then 'wrong claim'
             when top1 then 'ranked first, not claimed'
+            when undecided then 'undecided'
             else 'silent'
         end as outcome,
     from trials

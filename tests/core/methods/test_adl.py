@@ -64,8 +64,12 @@ def states(side: Subject, sequence: ProbeSequence, layer: int) -> np.ndarray:
 
 def stacked(pair: ModelPair, places: list[tuple[ProbeSequence, int]], layer: int) -> tuple[np.ndarray, np.ndarray]:
     """δ and h_base at these (sequence, position), [N, D] each."""
-    base_ND, tuned_ND = (np.stack([states(side, sequence, layer)[at] for sequence, at in places]) for side in (pair.base, pair.tuned))
-    return tuned_ND - base_ND, base_ND
+    distinct = {id(sequence): sequence for sequence, _ in places}
+    sides = []
+    for side in (pair.base, pair.tuned):
+        states_TD = {key: states(side, sequence, layer) for key, sequence in distinct.items()}
+        sides.append(np.stack([states_TD[id(sequence)][at] for sequence, at in places]))
+    return sides[1] - sides[0], sides[0]
 
 
 def assert_vector(row: dict[str, Any], delta_ND: np.ndarray, base_ND: np.ndarray) -> None:
@@ -77,9 +81,19 @@ def assert_vector(row: dict[str, Any], delta_ND: np.ndarray, base_ND: np.ndarray
 
 
 def labelled(vectors: pl.DataFrame, layer: int) -> dict[int | None, dict[str, Any]]:
-    return {row["position"]: row for row in vectors.to_pylist() if row["layer"] == layer} if isinstance(vectors, list) else {
-        row["position"]: row for row in vectors.filter(pl.col("layer") == layer).to_dicts()
-    }  # fmt: skip
+    return {row["position"]: row for row in vectors.filter(pl.col("layer") == layer).to_dicts()}
+
+
+def folded(pair: ModelPair, base_ND: torch.Tensor, tuned_ND: torch.Tensor) -> dict[str, pl.DataFrame]:
+    """The tables of made-up residuals: N texts of one token, a block each."""
+    probe = corpus(*[text(1, np.random.default_rng(0))] * len(base_ND))
+    context = StreamContext(pair.base, pair.tuned, pair.tokenizer, probe, n_layers=1, d_model=WIDTH, vocab_size=VOCAB)
+    fold = AdlFold(context, AdlSettings())
+    one_N, place_N, role_N, flag_N = torch.ones(1), np.zeros(1, np.int64), np.zeros(1, np.int8), np.zeros(1, bool)
+    for row, both in enumerate(zip(base_ND.split(1), tuned_ND.split(1), strict=True)):
+        sides = [Side({0: states_ND}, 0, lambda given: given, VOCAB) for states_ND in both]
+        fold.update(TokenBlock(one_N, one_N, place_N + row, place_N, role_N, flag_N, *sides))
+    return {name: pl.from_arrow(table) for name, table in fold.finish().items()}
 
 
 # ---- means --------------------------------------------------------------------------------------------------------
@@ -123,24 +137,16 @@ def test_a_chat_cut_before_its_answer_has_no_label_but_counts_in_the_mean_over_a
     assert set(labelled(run(pair, corpus(cut))["adl_vectors"], 0)) == {None}
 
 
-def test_means_do_not_drift_in_storage_dtype_over_thousands_of_batches() -> None:
+def test_means_do_not_drift_in_storage_dtype_over_thousands_of_batches(pair: ModelPair) -> None:
     """The toolkit's bf16 running means: after 50,000 updates with a signal of 0.1 σ, an error of 12.7 %."""
     draw = torch.Generator().manual_seed(0)
-    n = 3000
-    base_ND = torch.randn(n, WIDTH, generator=draw).bfloat16()
-    tuned_ND = (base_ND.float() + 0.1 + torch.randn(n, WIDTH, generator=draw)).bfloat16()
-    probe = corpus(*[text(2, np.random.default_rng(0))] * n)
-    context = StreamContext(None, None, model_files.tokenizer(), probe, n_layers=1, d_model=WIDTH, vocab_size=VOCAB)
-    fold = AdlFold(context, AdlSettings(positions=1))
-    one_N = torch.ones(1, dtype=torch.int64)
-    for row in range(n):
-        sides = [Side({0: states_ND[row : row + 1]}, 0, lambda given: given, VOCAB) for states_ND in (base_ND, tuned_ND)]
-        fold.update(TokenBlock(one_N, one_N, np.array([row]), np.array([0]), np.zeros(1, np.int8), np.zeros(1, bool), *sides))
+    base_ND = torch.randn(2000, WIDTH, generator=draw).bfloat16()
+    tuned_ND = (base_ND.float() + 0.1 + torch.randn(2000, WIDTH, generator=draw)).bfloat16()
+    rows = labelled(folded(pair, base_ND, tuned_ND)["adl_vectors"], 0)
     exact_D = (tuned_ND.double() - base_ND.double()).mean(0)
-    for row in range(2):
-        vector = fold._vector_row(0, row)
-        np.testing.assert_allclose(vector["vector"], exact_D, rtol=1e-6)
-        assert vector["n_tokens"] == n
+    for label in (None, 0):
+        np.testing.assert_allclose(rows[label]["vector"], exact_D, rtol=1e-6)
+        assert rows[label]["n_tokens"] == 2000
 
 
 # ---- lens ---------------------------------------------------------------------------------------------------------
@@ -175,8 +181,9 @@ def test_lens_of_a_difference_drops_biases(kind: str) -> None:
     before = subject.lens_of_difference(delta_ND)
     assert kind != "phi" or head.bias is not None
     with torch.no_grad():
-        for bias in filter(None if False else (lambda each: each is not None), (norm.bias, getattr(head, "bias", None))):
-            bias.add_(10 * torch.randn_like(bias))
+        for bias in (norm.bias, head.bias):
+            if bias is not None:
+                bias.add_(10 * torch.randn_like(bias))
     torch.testing.assert_close(subject.lens_of_difference(delta_ND), before, atol=2e-3, rtol=1e-3)
     centred_ND = delta_ND - delta_ND.mean(-1, keepdim=True)
     torch.testing.assert_close(before, centred_ND * norm.weight @ head.weight.T, atol=2e-3, rtol=1e-3)
@@ -184,14 +191,10 @@ def test_lens_of_a_difference_drops_biases(kind: str) -> None:
 
 
 def test_size_of_the_difference_changes_neither_order_nor_probability(pair: ModelPair) -> None:
-    context = StreamContext(pair.base, pair.tuned, pair.tokenizer, corpus(), LAYERS, WIDTH, VOCAB)
-    fold = AdlFold(context, AdlSettings())
-    vector_D = np.random.default_rng(0).normal(size=WIDTH).astype(np.float32)
-    small, large = (
-        fold._token_rows({"layer": 0, "position": None, "norm": 1.0, "vector": scale * vector_D}) for scale in (1e-3, 1e3)
-    )
-    assert [row["token_id"] for row in small] == [row["token_id"] for row in large]
-    np.testing.assert_allclose([row["probability"] for row in small], [row["probability"] for row in large], rtol=1e-4)
+    vector_ND = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
+    small, large = (folded(pair, 0 * vector_ND, scale * vector_ND)["adl_tokens"] for scale in (1e-3, 1e3))
+    assert small["token_id"].equals(large["token_id"])
+    np.testing.assert_allclose(small["probability"], large["probability"], rtol=1e-4)
 
 
 def test_identical_models_have_zero_vectors_and_no_tokens(pair: ModelPair) -> None:

@@ -204,6 +204,7 @@ def test_only_contexts_that_occur_often_enough_are_hot(pair: ModelPair) -> None:
     assert 0 < len(seldom) < len(often)
     assert often["n_contexts"].sum() == corpus().n_tokens
     assert often["token"].to_list() == [f"w{token_id}" for token_id in often["token_id"]]
+    assert len(run(pair, min_contexts=1000)["kl_hot_tokens"]) == 0
 
 
 @pytest.mark.parametrize("skip", [0, 2])

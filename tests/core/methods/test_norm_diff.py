@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 
 from diffing_core.blocks import Side, StreamContext, TokenBlock
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
@@ -81,8 +82,6 @@ def means(tokens: pl.DataFrame, *grain: str) -> pl.DataFrame:
 
 
 def assert_close(found: pl.DataFrame, expected: pl.DataFrame) -> None:
-    from polars.testing import assert_frame_equal
-
     assert_frame_equal(found.select(expected.columns), expected, check_exact=False, rel_tol=1e-3, abs_tol=1e-6, check_dtypes=False)
 
 
@@ -137,7 +136,7 @@ def test_percentiles_are_really_computed() -> None:
 def test_tables_equal_a_computation_by_hand(pair: ModelPair, skip: int) -> None:
     probe = corpus(skip)
     tables, tokens = run(pair, probe, layers=(0, 1), min_contexts=1), by_hand(pair, probe)
-    layers = tables["norm_diff_layers"].with_columns(pl.col("n_tokens"))
+    layers = tables["norm_diff_layers"]
     assert_close(layers, means(tokens, "layer"))
     others = tokens.group_by("layer").agg(
         pl.col("cosine_distance").mean().alias("mean_cosine_distance"), pl.col("base_norm").mean().alias("mean_base_norm"),
@@ -169,6 +168,12 @@ def test_tokens_that_moved_most_come_first_if_they_occur_often_enough() -> None:
     assert table["n_contexts"].to_list() == [3, 3, 4]
     np.testing.assert_allclose(table["mean_relative_norm"], [9, 2, 0])
     assert folded(base_ND, tuned_ND, token_N, min_contexts=1, top_tokens=2)["norm_diff_tokens"]["token"].to_list() == ["w7", "w6"]
+
+
+def test_a_corpus_in_which_no_token_is_frequent_has_an_empty_table(pair: ModelPair) -> None:
+    tables = run(pair, corpus(), min_contexts=1000)
+    assert len(tables["norm_diff_tokens"]) == 0
+    assert len(tables["norm_diff_layers"]) == LAYERS
 
 
 def test_findings_are_the_last_layers_tokens_and_then_all_layers(pair: ModelPair) -> None:
