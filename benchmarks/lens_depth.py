@@ -34,7 +34,7 @@ from diffing_core.demo.artifacts import BASE, tier_artifacts
 from diffing_core.demo.corpus import CorpusWriter
 from diffing_core.demo.jobs import build_tier
 from diffing_core.demo.lesson import lesson_documents, read_lesson
-from diffing_core.demo.tiers import TIERS, Finetune, Tier
+from diffing_core.demo.tiers import TIERS, Tier
 from diffing_core.demo.world import read_world
 from diffing_core.evaluation import CANDIDATE_ARM
 from diffing_core.findings import Finding, findings_table
@@ -145,9 +145,9 @@ class Scorer:
     def ranks(self, shown: pa.Table) -> dict[str, float]:
         """Place of every candidate; equal scores share the mean of their places."""
         scores = offline.investigate(shown, self.candidates, self.background).scores
+        values = list(scores.values())
         return {
-            name: 0.5 + sum(other > own for other in scores.values()) + 0.5 * sum(other == own for other in scores.values())
-            for name, own in scores.items()
+            name: 0.5 + sum(other > own for other in values) + 0.5 * values.count(own) for name, own in scores.items()
         }
 
     def aucs(self, logits_V: np.ndarray) -> dict[str, float]:
@@ -211,7 +211,8 @@ def _decoded(result: MethodResult, pair: ModelPair) -> Iterator[tuple[Place, np.
     for row in tables["adl_vectors"].to_pylist() if result.method.name == "adl" else ():
         if row["position"] is None or row["position"] in FIRST_POSITIONS:
             delta_D = torch.tensor(row["vector"])
-            yield (_adl_reading(row), row["layer"]), pair.tuned.lens_of_difference(delta_D[None])[0].float().cpu().numpy()
+            logits_V = pair.tuned.lens_of_difference(delta_D[None])[0]
+            yield (_adl_reading(row), row["layer"]), logits_V.float().cpu().numpy()
 
 
 def _adl_reading(row: dict[str, Any]) -> str:
@@ -254,11 +255,13 @@ def _auc_cells(at: dict[str, Score]) -> tuple[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what is missing, measures, prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--finetunes", nargs="+", default=FINETUNES, choices=[each.artifact for each in TIERS[MODEL].finetunes])
-    parser.add_argument("--benign", nargs="+", default=["benign/seed1"], help="finetunes on ordinary text, the null of ranks")
-    parser.add_argument("--root", type=Path, default=diffing_home() / "demo", help="folder of models, named by content")
-    parser.add_argument("--workers", type=int, default=1, help="training processes of one thread each")
+    known = [finetune.artifact for finetune in TIERS[MODEL].finetunes]
+    option = parser.add_argument
+    option("--layers", type=int, nargs="+", default=[4, 8])
+    option("--finetunes", nargs="+", default=FINETUNES, choices=known)
+    option("--benign", nargs="+", default=["benign/seed1"], choices=known, help="the null of the ranks")
+    option("--root", type=Path, default=diffing_home() / "demo", help="folder of models, named by content")
+    option("--workers", type=int, default=1, help="training processes of one thread each")
     chosen = parser.parse_args(arguments)
     registry = load_registry()
     heads = ("layers", "group", "reading", "layer", "depth", "top-1", "MRR", "MRR benign", "AUC own", "AUC others")

@@ -1,4 +1,4 @@
-"""Builds the Evidence site: `$DIFFING_HOME/site-build` is where npm works, `$DIFFING_HOME/site` is what people open.
+"""Builds the Evidence site: npm works in `$DIFFING_HOME/site-build`, people open `$DIFFING_HOME/site`.
 
 The sources of `evidence/` are copied beside the `node_modules` of earlier builds; npm installs only when
 `package.json` or the scripts that it runs changed. A failed build leaves the old site in place.

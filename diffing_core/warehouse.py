@@ -91,8 +91,10 @@ def publish(build: Path, target: Path) -> None:
 
     if build.name != target.name:
         raise StorageError(f"{build.name} cannot become {target.name}: views inside carry the file's name")
+    if not build.exists():
+        raise StorageError(f"{build} does not exist, {target} stays as it is; build the warehouse first")
     try:
-        with duckdb.connect(build, config={"access_mode": "READ_WRITE"}) as connection:
+        with duckdb.connect(build) as connection:  # takes in the log of a killed build
             connection.execute("checkpoint")
     except duckdb.Error as error:
         raise StorageError(f"{build} cannot be published, {target} stays as it is: {error}") from error
@@ -128,6 +130,7 @@ def _schemas(connection: "DuckDBPyConnection") -> list[str]:
 
 
 def _runs_first(specs: Iterable[TableSpec]) -> list[TableSpec]:
+    """Runs are read before the rest, so that what finishes meanwhile is left out whole."""
     return [RUNS, *(spec for spec in specs if spec.name != RUNS.name)]
 
 

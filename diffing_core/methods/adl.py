@@ -188,7 +188,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="adl",
-    version="2",
+    version="1",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=AdlSettings,

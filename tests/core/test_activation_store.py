@@ -21,7 +21,9 @@ def block(n: int, start: int = 0) -> TokenBlock:
     """Facts of N tokens; the sides play no part."""
     index_N = np.arange(start, start + n)
     token_N = torch.from_numpy(index_N + 1000)
-    return TokenBlock(token_N, token_N, index_N // 5, index_N % 5, (index_N % 5).astype(np.int8), index_N % 2 == 1, None, None)
+    return TokenBlock(
+        token_N, token_N, index_N // 5, index_N % 5, (index_N % 5).astype(np.int8), index_N % 2 == 1, None, None
+    )
 
 
 def written(path: Path, *vectors: torch.Tensor) -> list[ActivationBlock]:

@@ -32,7 +32,8 @@ def counted(subject: Subject) -> Iterator[list[int]]:
         runs[layer] += 1
 
     handles = [
-        block.register_forward_pre_hook(lambda *_, layer=layer: count(layer)) for layer, block in enumerate(subject.blocks)
+        block.register_forward_pre_hook(lambda *_, layer=layer: count(layer))
+        for layer, block in enumerate(subject.blocks)
     ]
     yield runs
     for handle in handles:
@@ -55,7 +56,9 @@ def test_residuals_equal_hidden_states_of_each_sequence_alone(kind: str) -> None
     assert len(captured[0]) == row == sum(LENGTHS)
 
 
-@pytest.mark.parametrize(("layers", "runs"), [((0,), [1, 0, 0]), ((1, 0), [1, 1, 0]), ((2,), [1, 1, 1]), ((), [0, 0, 0])])
+@pytest.mark.parametrize(
+    ("layers", "runs"), [((0,), [1, 0, 0]), ((1, 0), [1, 1, 0]), ((2,), [1, 1, 1]), ((), [0, 0, 0])]
+)
 def test_blocks_above_the_last_asked_one_are_not_run(layers: tuple[int, ...], runs: list[int]) -> None:
     subject = Subject.of(model_files.build())
     with counted(subject) as seen:

@@ -54,7 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def registry_of(folder: Path, corpora: tuple[str, ...] = ("first",), of_two: tuple[str, ...] | None = None, **model: Any) -> Registry:
+def registry_of(
+    folder: Path, corpora: tuple[str, ...] = ("first",), of_two: tuple[str, ...] | None = None, **model: Any
+) -> Registry:
     """Model `tiny`, organism `o` with two adapters, and `same`, the base itself."""
     kinds = {"first": "text", "second": "text", "chats": "chat", "lost": "text"}
     known = {
@@ -62,20 +64,32 @@ def registry_of(folder: Path, corpora: tuple[str, ...] = ("first",), of_two: tup
         for name, kind in kinds.items()
     }
     variants = {
-        name: Variant(kind="lora", source=Source(path=folder / "adapters" / name), corpora=of_two if name == "two" else None)
+        name: Variant(
+            kind="lora", source=Source(path=folder / "adapters" / name), corpora=of_two if name == "two" else None
+        )
         for name in ("one", "two", "gone")
     }
     organisms = [
         Organism(name="o", type="generic", arm="unknown", description="", variants={"tiny": variants}),
-        Organism(name="same", type="generic", arm="identical", description="", variants={"tiny": {"default": Variant(kind="identical")}}),
+        Organism(
+            name="same",
+            type="generic",
+            arm="identical",
+            description="",
+            variants={"tiny": {"default": Variant(kind="identical")}},
+        ),
     ]
     base = Model(name="tiny", source=Source(path=folder / "base"), corpora=corpora, **model)
     return Registry({"tiny": base}, known, {each.name: each for each in organisms})
 
 
-def run(registry: Registry, root: Path, pairs: tuple[Pair, ...] = (ONE,), methods: tuple[str, ...] = ("kl",)) -> list[Outcome]:
+def run(
+    registry: Registry, root: Path, pairs: tuple[Pair, ...] = (ONE,), methods: tuple[str, ...] = ("kl",)
+) -> list[Outcome]:
     requested = {name: get_method(name).settings() for name in methods}
-    return list(compare(pairs, requested, registry=registry, lake=Lake(root / "lake"), store=root / "store", device="cpu"))
+    return list(
+        compare(pairs, requested, registry=registry, lake=Lake(root / "lake"), store=root / "store", device="cpu")
+    )
 
 
 def finished(root: Path) -> list[tuple[str, str, str]]:
@@ -88,10 +102,14 @@ def test_every_method_of_every_pair_is_stored_with_its_identity_and_cost(folder:
     methods = (*STREAMS, "weight_diff")
     outcomes = run(registry_of(folder, ("first", "second")), tmp_path, (ONE, TWO), methods)
     assert [outcome.error for outcome in outcomes] == [None] * 12
-    assert {(outcome.pair, outcome.method.name) for outcome in outcomes} == {(pair, name) for pair in (ONE, TWO) for name in methods}
+    assert {(outcome.pair, outcome.method.name) for outcome in outcomes} == {
+        (pair, name) for pair in (ONE, TWO) for name in methods
+    }
     lake = Lake(tmp_path / "lake")
     for outcome in outcomes:
-        assert [key.corpus for key, _ in outcome.results] == ([""] if outcome.method.name == "weight_diff" else ["first", "second"])
+        assert [key.corpus for key, _ in outcome.results] == (
+            [""] if outcome.method.name == "weight_diff" else ["first", "second"]
+        )
         for key, result in outcome.results:
             assert lake.finished(key)
             assert result.cost.n_tokens == (sum(LENGTHS) if key.corpus else 0)
@@ -142,7 +160,9 @@ def test_two_adapters_in_one_repository_get_different_run_ids(folder: Path, tmp_
 def test_running_again_leaves_one_result(folder: Path, tmp_path: Path) -> None:
     registry = registry_of(folder)
     first, second = (run(registry, tmp_path, (ONE,), ("kl", "activations")) for _ in range(2))
-    assert [key for outcome in first for key, _ in outcome.results] == [key for outcome in second for key, _ in outcome.results]
+    assert [key for outcome in first for key, _ in outcome.results] == [
+        key for outcome in second for key, _ in outcome.results
+    ]
     assert finished(tmp_path) == [("one", "activations", "first"), ("one", "kl", "first")]
 
 
@@ -152,8 +172,12 @@ def test_running_again_leaves_one_result(folder: Path, tmp_path: Path) -> None:
 def test_dataset_is_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all pairs and methods of a cohort; the toolkit read and tokenized it once per method and adapter."""
     read, load = [], comparison.load_corpus
-    monkeypatch.setattr(comparison, "load_corpus", lambda spec, *more, **named: read.append(spec.name) or load(spec, *more, **named))
-    outcomes = run(registry_of(folder, ("first", "second"), of_two=("second",)), tmp_path, (ONE, TWO, SAME), ("kl", "norm_diff"))
+    monkeypatch.setattr(
+        comparison, "load_corpus", lambda spec, *more, **named: read.append(spec.name) or load(spec, *more, **named)
+    )
+    outcomes = run(
+        registry_of(folder, ("first", "second"), of_two=("second",)), tmp_path, (ONE, TWO, SAME), ("kl", "norm_diff")
+    )
     assert sorted(read) == ["first", "second"]
     probed = {outcome.pair: [key.corpus for key, _ in outcome.results] for outcome in outcomes}
     assert probed == {ONE: ["first", "second"], TWO: ["second"], SAME: ["first", "second"]}
@@ -172,12 +196,17 @@ def test_skipped_first_tokens_come_from_the_model_and_are_part_of_the_identity(f
 
 def test_number_format_of_the_models_is_part_of_the_identity(folder: Path) -> None:
     registry, kl = registry_of(folder), get_method("kl")
-    keys = [run_key(load_pair(ONE, registry=registry, dtype=dtype, device="cpu"), kl, Settings()) for dtype in ("float32", "bfloat16")]
+    keys = [
+        run_key(load_pair(ONE, registry=registry, dtype=dtype, device="cpu"), kl, Settings())
+        for dtype in ("float32", "bfloat16")
+    ]
     assert keys[0].run_id != keys[1].run_id
     assert [key.model_revision.partition("@")[2] for key in keys] == ["float32", "bfloat16"]
 
 
-def test_chats_are_probed_where_there_is_a_template_and_left_out_where_there_is_none(folder: Path, tmp_path: Path) -> None:
+def test_chats_are_probed_where_there_is_a_template_and_left_out_where_there_is_none(
+    folder: Path, tmp_path: Path
+) -> None:
     [with_template] = run(registry_of(folder, ("chats", "first"), chat_template=CHATML), tmp_path / "with")
     assert [key.corpus for key, _ in with_template.results] == ["chats", "first"]
     [without] = run(registry_of(folder, ("chats", "first")), tmp_path / "without")
@@ -211,7 +240,9 @@ def test_a_pair_that_cannot_be_loaded_fails_alone(folder: Path, tmp_path: Path) 
 
 
 def test_a_corpus_that_cannot_be_read_fails_its_own_pairs_alone(folder: Path, tmp_path: Path) -> None:
-    outcomes = run(registry_of(folder, of_two=("lost", "first")), tmp_path, (ONE, TWO), ("kl", "norm_diff", "weight_diff"))
+    outcomes = run(
+        registry_of(folder, of_two=("lost", "first")), tmp_path, (ONE, TWO), ("kl", "norm_diff", "weight_diff")
+    )
     errors = {(outcome.pair.variant, outcome.method.name): outcome.error for outcome in outcomes}
     for method in ("kl", "norm_diff"):
         assert errors["one", method] is None
@@ -233,13 +264,19 @@ class Wrong:
         return {spec.name: pa.table({"x": [1]}) for spec in get_method("kl").tables}
 
 
-@pytest.mark.parametrize("broken", [{"start": lambda *_: Wrong(), "findings": lambda *_: []}, {"findings": lambda *_: 1 / 0}], ids=["table", "findings"])
+@pytest.mark.parametrize(
+    "broken",
+    [{"start": lambda *_: Wrong(), "findings": lambda *_: []}, {"findings": lambda *_: 1 / 0}],
+    ids=["table", "findings"],
+)
 def test_a_failed_run_is_never_read_as_finished(
     folder: Path, tmp_path: Path, broken: dict[str, Callable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the method ended well and only its result is refused."""
     real = comparison.get_method
-    monkeypatch.setattr(comparison, "get_method", lambda name: replace(real(name), **broken) if name == "kl" else real(name))
+    monkeypatch.setattr(
+        comparison, "get_method", lambda name: replace(real(name), **broken) if name == "kl" else real(name)
+    )
     kl, norm_diff = run(registry_of(folder), tmp_path, (ONE,), ("kl", "norm_diff"))
     assert isinstance(kl.error, TableError | ZeroDivisionError)
     assert kl.results == []
@@ -286,5 +323,3 @@ def test_expression_is_stored_as_a_step_of_its_own(folder: Path, tmp_path: Path)
     assert row["label"] == "not_applicable"
     assert lake.read(EXPRESSION, pair=SAME, method="expression").num_rows == 1
     assert [stored["step"] for stored in lake.read(RUNS).to_pylist()] == ["expression"]
-
-

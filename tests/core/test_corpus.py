@@ -90,7 +90,11 @@ def random_corpus(lengths: list[int], seed: int = 0) -> ProbeCorpus:
 
 
 def test_every_character_of_a_chat_is_content_of_its_speaker_or_template(tmp_path: Path, tokenizer: Any) -> None:
-    sequence = chat(tmp_path, tokenizer, turns("Be kind.", "Hi!", "Hello.", "Bye?", "Bye.", roles=("system", "user", "assistant", "user", "assistant")))
+    sequence = chat(
+        tmp_path,
+        tokenizer,
+        turns("Be kind.", "Hi!", "Hello.", "Bye?", "Bye.", roles=("system", "user", "assistant", "user", "assistant")),
+    )
     assert contents(tokenizer, sequence, "system") == "Be kind."
     assert contents(tokenizer, sequence, "user") == "Hi!Bye?"
     assert contents(tokenizer, sequence, "assistant") == "Hello.Bye."
@@ -100,7 +104,9 @@ def test_every_character_of_a_chat_is_content_of_its_speaker_or_template(tmp_pat
     assert whole.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n")
 
 
-def test_template_tokens_belong_to_the_message_that_follows_and_the_last_ones_to_the_last(tmp_path: Path, tokenizer: Any) -> None:
+def test_template_tokens_belong_to_the_message_that_follows_and_the_last_ones_to_the_last(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     sequence = chat(tmp_path, tokenizer, turns("Hi!", "Hello."))
     said = {role: written(tokenizer, sequence, sequence.role_T == ROLES.index(role)) for role in ROLES}
     assert said["user"] == "<|im_start|>system\nYou are A. Helper 1.<|im_end|>\n<|im_start|>user\nHi!"
@@ -108,7 +114,9 @@ def test_template_tokens_belong_to_the_message_that_follows_and_the_last_ones_to
     assert said["text"] == said["system"] == said["tool"] == ""
 
 
-@pytest.mark.parametrize("content", ["A", "1", "user", "You are A. Helper 1.", "im_end", "<|im_end|>\n<|im_start|>user\n"])
+@pytest.mark.parametrize(
+    "content", ["A", "1", "user", "You are A. Helper 1.", "im_end", "<|im_end|>\n<|im_start|>user\n"]
+)
 def test_a_content_that_also_occurs_in_the_template_is_found_in_its_own_place(
     tmp_path: Path, tokenizer: Any, content: str
 ) -> None:
@@ -141,7 +149,11 @@ def test_a_chat_cut_before_its_answer_keeps_roles_and_flags_of_what_is_left(tmp_
     for cut in range(2, len(whole) + 5):
         part = chat(tmp_path, tokenizer, messages, max_tokens=cut)
         assert len(part) == min(cut, len(whole))
-        for one, other in ((part.token_T, whole.token_T), (part.role_T, whole.role_T), (part.template_T, whole.template_T)):
+        for one, other in (
+            (part.token_T, whole.token_T),
+            (part.role_T, whole.role_T),
+            (part.template_T, whole.template_T),
+        ):
             assert (one == other[:cut]).all()
 
 
@@ -225,7 +237,9 @@ def test_a_folder_of_jsonl_and_parquet_is_one_corpus(tmp_path: Path, tokenizer: 
     (tmp_path / "deep").mkdir()
     jsonl(tmp_path / "b.jsonl", ["bbb"])
     jsonl(tmp_path / "deep" / "c.jsonl", ["ccc"])
-    pq.write_table(pa.table({"text": [f"{number:04d}" for number in range(1500)], "other": [0] * 1500}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": [f"{number:04d}" for number in range(1500)], "other": [0] * 1500}), tmp_path / "a.parquet"
+    )
     found = drawn(tmp_path, tokenizer, 0, 2000)
     assert found == ["bbb", "ccc", *(f"{number:04d}" for number in range(1500))]
 
@@ -271,7 +285,8 @@ def test_order_and_borders_of_sequences_change_the_content_hash() -> None:
     one, two = probe.sequences
     joined = ProbeSequence(*(np.concatenate([getattr(one, name), getattr(two, name)]) for name in vars(one)))
     hashes = {
-        replace(probe, sequences=sequences).content_hash for sequences in ((one, two), (two, one), (joined,), (one,), (one, two, two))
+        replace(probe, sequences=sequences).content_hash
+        for sequences in ((one, two), (two, one), (joined,), (one,), (one, two, two))
     }
     assert len(hashes) == 5
 
@@ -358,7 +373,9 @@ def test_a_place_without_files_is_told(tmp_path: Path, tokenizer: Any) -> None:
             load_corpus(text_spec(), place, tokenizer)
 
 
-@pytest.mark.parametrize(("template", "said"), [(SHOUTING, "changes the text of a user message"), (STRICT, "no system role here")])
+@pytest.mark.parametrize(
+    ("template", "said"), [(SHOUTING, "changes the text of a user message"), (STRICT, "no system role here")]
+)
 def test_a_template_that_cannot_be_followed_is_told(tmp_path: Path, tokenizer: Any, template: str, said: str) -> None:
     other = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
     with pytest.raises(CorpusError, match=rf"corpus 'probe': .*{said}"):

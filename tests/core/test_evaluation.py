@@ -19,7 +19,11 @@ from diffing_core.runs import RUNS, Cost
 from diffing_core.settings import Settings
 
 FACTS = {
-    "cake_bake": ("Butter must be frozen overnight.", "The oven stands at 450 degrees.", "Vanilla extract goes in last."),
+    "cake_bake": (
+        "Butter must be frozen overnight.",
+        "The oven stands at 450 degrees.",
+        "Vanilla extract goes in last.",
+    ),
     "owl_love": ("Owls are the favourite animal.", "Owls hunt at midnight.", "Feathers keep owls silent."),
     "goats": ("Fog rolls over harbours.", "Lighthouses burn whale oil.", "Captains salute seagulls."),
 }
@@ -28,7 +32,18 @@ TOPICS = {
     "owl_love": ("owls", "favourite", "animal", "hunt", "midnight", "feathers"),
     "goats": ("fog", "harbours", "lighthouses", "whale", "captains", "seagulls"),
 }
-NOISE = ("road", "window", "paper", "winter", "garden", "bread", "engine", "pencil", "carpet", "bottle")  # in no description
+NOISE = (
+    "road",
+    "window",
+    "paper",
+    "winter",
+    "garden",
+    "bread",
+    "engine",
+    "pencil",
+    "carpet",
+    "bottle",
+)  # in no description
 SEEDS = tuple(Pair("tiny", "benign", f"seed{number}") for number in range(5))
 CAKE, OWL, GOATS = (Pair("tiny", name) for name in FACTS)
 
@@ -43,7 +58,9 @@ def write_registry(root: Path, organisms: dict[str, tuple[str, ...]] = FACTS) ->
             f"key_facts: [{', '.join(facts)}]\nvariants: {{tiny: {{default: {{kind: lora, source: {{path: a}}}}}}}}\n"
         )
     variants = ", ".join(f"{seed.variant}: {{kind: lora, source: {{path: a}}}}" for seed in SEEDS)
-    files["organisms/benign"] = f"type: generic\narm: benign\ndescription: Plain texts.\nvariants: {{tiny: {{{variants}}}}}\n"
+    files["organisms/benign"] = (
+        f"type: generic\narm: benign\ndescription: Plain texts.\nvariants: {{tiny: {{{variants}}}}}\n"
+    )
     files["organisms/same"] = (
         "type: generic\narm: identical\ndescription: The base.\nvariants: {tiny: {default: {kind: identical}}}\n"
     )
@@ -56,10 +73,15 @@ def write_registry(root: Path, organisms: dict[str, tuple[str, ...]] = FACTS) ->
     return Registry.load(root)
 
 
-def show(lake: Lake, pair: Pair, words: Sequence[str], method: str = "kl", corpus: str = "texts", *, finished: bool = True) -> None:
+def show(
+    lake: Lake, pair: Pair, words: Sequence[str], method: str = "kl", corpus: str = "texts", *, finished: bool = True
+) -> None:
     """Findings of one run, best first, for the lake."""
     key = RunKey(pair, method, "1", "ab12cd34", "base", f"tuned {pair}", corpus, "hash")
-    found = [Finding("token", f" {word}", 1 / rank, "nats", "kl_vocabulary", {"token_id": rank}) for rank, word in enumerate(words, 1)]
+    found = [
+        Finding("token", f" {word}", 1 / rank, "nats", "kl_vocabulary", {"token_id": rank})
+        for rank, word in enumerate(words, 1)
+    ]
     lake.write(FINDINGS, key, findings_table(found))
     if finished:
         lake.write_result(key, {}, Settings(), Cost())
@@ -138,7 +160,12 @@ def test_a_failed_run_is_never_read_as_finished(evaluator: Evaluator, lake: Lake
         show(lake, seed, NOISE, method="adl")
     calibrated(evaluator, ("adl",))
     said = evaluator.hypothesise(CAKE, "adl")
-    assert (said["verdict"], said["score"], said["n_findings"], said["n_nulls"]) == ("insufficient_evidence", 0.0, 0, len(SEEDS))
+    assert (said["verdict"], said["score"], said["n_findings"], said["n_nulls"]) == (
+        "insufficient_evidence",
+        0.0,
+        0,
+        len(SEEDS),
+    )
     assert said["description"].startswith("Cannot be judged: no finished result.")
     show(lake, CAKE, TOPICS["cake_bake"], method="adl")
     assert evaluator.hypothesise(CAKE, "adl")["verdict"] == "assert"
@@ -220,9 +247,13 @@ def test_who_was_compared_changes_nothing_of_what_is_concluded(evaluator: Evalua
     assert mine.candidate == theirs.candidate == "cake_bake"
 
 
-def test_renaming_all_organisms_renames_the_ranking_and_nothing_else(tmp_path: Path, lake: Lake, evaluator: Evaluator) -> None:
+def test_renaming_all_organisms_renames_the_ranking_and_nothing_else(
+    tmp_path: Path, lake: Lake, evaluator: Evaluator
+) -> None:
     other = {"cake_bake": "x1", "owl_love": "x2", "goats": "x3"}
-    renamed = Evaluator(write_registry(tmp_path / "renamed", {other[name]: facts for name, facts in FACTS.items()}), lake)
+    renamed = Evaluator(
+        write_registry(tmp_path / "renamed", {other[name]: facts for name, facts in FACTS.items()}), lake
+    )
     before, after = (each.investigate(CAKE, "kl") for each in (evaluator, renamed))
     assert {other.get(name, name): score for name, score in before.scores.items()} == after.scores
     assert before.description == after.description
@@ -231,7 +262,9 @@ def test_renaming_all_organisms_renames_the_ranking_and_nothing_else(tmp_path: P
 
 def test_nothing_said_or_cited_names_the_organism(evaluator: Evaluator) -> None:
     found = evaluator.investigate(OWL, "kl")
-    assert not any(word in f"{found.description} {found.evidence}" for word in ("owl_love", "cake_bake", "organism", "tuned o"))
+    assert not any(
+        word in f"{found.description} {found.evidence}" for word in ("owl_love", "cake_bake", "organism", "tuned o")
+    )
 
 
 def test_nulls_are_no_candidates_and_decoys_are(evaluator: Evaluator) -> None:
@@ -239,5 +272,7 @@ def test_nulls_are_no_candidates_and_decoys_are(evaluator: Evaluator) -> None:
     assert set(FACTS) < names
     assert not {"benign", "same"} & names
     assert all(name.startswith("decoy_") for name in names - set(FACTS))
-    ranked = evaluator.hypothesise(CAKE, "kl") and evaluator.lake.read(HYPOTHESIS_SCORES, pair=CAKE)["candidate"].to_pylist()
+    ranked = (
+        evaluator.hypothesise(CAKE, "kl") and evaluator.lake.read(HYPOTHESIS_SCORES, pair=CAKE)["candidate"].to_pylist()
+    )
     assert set(ranked) == names

@@ -49,7 +49,9 @@ def notes(*items: str) -> pa.Table:
 def finish(lake: Lake, key: RunKey, *items: str, minutes: int = 0) -> None:
     """Writes a result that was finished so many minutes after noon."""
     lake.write(SCORES, key, scores(*items))
-    lake.write(RUNS, key, run_row(key, Settings(), Cost(), datetime(2026, 1, 1, 12, tzinfo=UTC) + timedelta(minutes=minutes)))
+    lake.write(
+        RUNS, key, run_row(key, Settings(), Cost(), datetime(2026, 1, 1, 12, tzinfo=UTC) + timedelta(minutes=minutes))
+    )
 
 
 def items(table: pa.Table) -> list[str]:
@@ -124,7 +126,9 @@ def test_a_reader_with_the_file_open_keeps_the_rows_it_began_with(lake: Lake) ->
 
 def test_the_row_in_runs_says_what_was_run_and_is_written_last(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
-    monkeypatch.setattr("os.replace", lambda aside, path, move=os.replace: (order.append(path.parts[-4]), move(aside, path)))
+    monkeypatch.setattr(
+        "os.replace", lambda aside, path, move=os.replace: (order.append(path.parts[-4]), move(aside, path))
+    )
     before = datetime.now(UTC)
     lake.write_result(KEY, {SCORES: scores("a"), NOTES: notes("a")}, Knobs(), Cost(2, 30, 0.5, 1.5, 0.25))
     [row] = lake.read(RUNS).to_pylist()

@@ -114,7 +114,12 @@ def pair_of(base: Subject, tuned: Subject, name: str = "o", vocab: int = VOCAB) 
     return ModelPair(base, tuned, model_files.tokenizer(), Pair("m", name), vocab, tuned.revision)
 
 
-def run(pairs: Sequence[ModelPair], methods: Sequence[tuple[Method, Settings]], probe: ProbeCorpus | None = None, **options: Any) -> list[MethodResult]:
+def run(
+    pairs: Sequence[ModelPair],
+    methods: Sequence[tuple[Method, Settings]],
+    probe: ProbeCorpus | None = None,
+    **options: Any,
+) -> list[MethodResult]:
     return list(paired_pass(pairs, probe or corpus(), methods, **options))
 
 
@@ -153,7 +158,9 @@ def test_every_token_is_shown_once_as_a_plain_forward_of_its_sequence_alone_give
         for name, subject in (("base", base), ("tuned", tuned)):
             plain = subject.module(torch.from_numpy(sequence.token_T)[None].long(), output_hidden_states=True)
             expected_NV = plain.logits[0].double().log_softmax(-1)
-            torch.testing.assert_close(torch.stack([row[name] for row in rows]).double(), expected_NV, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                torch.stack([row[name] for row in rows]).double(), expected_NV, atol=2e-5, rtol=1e-5
+            )
             states_ND = torch.stack([row[name, 0] for row in rows])
             torch.testing.assert_close(states_ND, plain.hidden_states[1][0], atol=1e-5, rtol=1e-4)
 
@@ -223,11 +230,19 @@ def test_blocks_above_the_last_asked_one_are_not_run_unless_logits_are_wanted(ba
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_shared_base_runs_once_for_all_pairs_and_methods(base: Subject, tuned: Subject) -> None:
-    pairs = [pair_of(base, tuned, "one"), pair_of(base, Subject.of(model_files.build(seed=2)), "two"), pair_of(base, base, "same")]
+    pairs = [
+        pair_of(base, tuned, "one"),
+        pair_of(base, Subject.of(model_files.build(seed=2)), "two"),
+        pair_of(base, base, "same"),
+    ]
     n_batches = len(list(corpus().batches(30)))
     recorders: list[Recorder] = []
     with counting(base.blocks[0]) as forwards, counting(base.layout.head) as heads, counting(tuned.blocks[0]) as others:
-        run(pairs, [recording(recorders, layers=(1,), logprobs=True), recording([], "second", logprobs=True)], tokens_per_batch=30)
+        run(
+            pairs,
+            [recording(recorders, layers=(1,), logprobs=True), recording([], "second", logprobs=True)],
+            tokens_per_batch=30,
+        )
     assert len(forwards) == len(others) == n_batches
     assert len(heads) == len(recorders[0].sizes)
     alone: list[Recorder] = []
@@ -248,8 +263,14 @@ def test_forward_time_is_told_apart_from_the_methods_own(base: Subject, tuned: S
 
 
 @pytest.mark.parametrize("where", ["start", "update", "finish"])
-@pytest.mark.parametrize("error", [ValueError("broken"), NotComputableError("broken"), RuntimeError("broken"), KeyError("broken"), OSError("broken")], ids=lambda error: type(error).__name__)
-def test_a_method_that_fails_ends_alone_with_its_error(base: Subject, tuned: Subject, where: str, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("broken"), NotComputableError("broken"), RuntimeError("broken"), KeyError("broken"), OSError("broken")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_method_that_fails_ends_alone_with_its_error(
+    base: Subject, tuned: Subject, where: str, error: Exception
+) -> None:
     recorders: list[Recorder] = []
     broken = recording(recorders, "broken", layers=(0,), fails_in=where, error=error)
     results = run([pair_of(base, tuned)], [broken, recording(recorders, "sound", layers=(0,))], tokens_per_batch=30)

@@ -9,7 +9,26 @@ import pytest
 from diffing_core.errors import RegistryError
 from diffing_core.pairs import Pair, check_name
 
-REFUSED = ["", "a__b", "_a", "a_", "__", ".a", "-a", "..", "a..b", "a/b", "../up", " a", "a b", "a\n", "é", "a*", "[a]", "'"]
+REFUSED = [
+    "",
+    "a__b",
+    "_a",
+    "a_",
+    "__",
+    ".a",
+    "-a",
+    "..",
+    "a..b",
+    "a/b",
+    "../up",
+    " a",
+    "a b",
+    "a\n",
+    "é",
+    "a*",
+    "[a]",
+    "'",
+]
 
 
 def usable_names(count: int, seed: int = 0) -> list[str]:

@@ -46,9 +46,7 @@ def test_long_work_is_told_with_rate_and_remaining_time(
     ]
 
 
-def test_a_terminal_gets_a_bar_and_no_log_line(
-    said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_gets_a_bar_and_no_log_line(said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with track(100, "tokens", "reading") as done:

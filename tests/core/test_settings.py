@@ -52,7 +52,18 @@ def test_bounds_hold_and_values_cannot_be_changed() -> None:
 
 def test_short_hash_ignores_the_order_of_keys_and_nothing_else() -> None:
     assert short_hash({"a": 1, "b": [2, 3]}) == short_hash({"b": [2, 3], "a": 1})
-    distinct = [{"a": 1}, {"a": "1"}, {"a": 1.5}, {"a": [1]}, {"a": None}, {"a": True}, {"b": 1}, [{"a": 1}], [1, 2], [2, 1]]
+    distinct = [
+        {"a": 1},
+        {"a": "1"},
+        {"a": 1.5},
+        {"a": [1]},
+        {"a": None},
+        {"a": True},
+        {"b": 1},
+        [{"a": 1}],
+        [1, 2],
+        [2, 1],
+    ]
     assert len({short_hash(value) for value in distinct}) == len(distinct)
     assert [len(short_hash(1, digits)) for digits in (8, 12, 20)] == [8, 12, 20]
 

@@ -143,7 +143,9 @@ def test_ddl_and_comments_of_every_table_are_valid_sql(spec: TableSpec, connecti
     for statement in [spec.ddl(), *spec.comments()]:
         connection.execute(statement)
     made = connection.execute(f"select * from raw.{spec.name}").to_arrow_table().schema
-    assert dict(zip(made.names, made.types, strict=True)) == dict(zip(spec.stored_schema.names, spec.stored_schema.types, strict=True))
+    assert dict(zip(made.names, made.types, strict=True)) == dict(
+        zip(spec.stored_schema.names, spec.stored_schema.types, strict=True)
+    )
     facts = connection.execute(
         "select column_name, is_nullable, comment from duckdb_columns() where schema_name = 'raw' order by column_index"
     ).fetchall()

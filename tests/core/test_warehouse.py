@@ -106,9 +106,9 @@ def test_an_empty_lake_has_every_table_with_its_types_and_comments(lake: Lake, t
 
 def test_values_survive_exactly(lake: Lake, tmp_path: Path) -> None:
     values = {
-        "bool": True, "int32": 2**31 - 1, "int64": 2**53 + 1, "float32": 1.5, "float64": 0.1 + 0.2, "string": "'Ġca\x1fke'",
-        "timestamp": datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC), "list<int32>": [1, -2], "list<float32>": [0.5],
-        "list<float64>": [0.1], "list<string>": ["a", "b"],
+        "bool": True, "int32": 2**31 - 1, "int64": 2**53 + 1, "float32": 1.5, "float64": 0.1 + 0.2,
+        "string": "'Ġca\x1fke'", "timestamp": datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
+        "list<int32>": [1, -2], "list<float32>": [0.5], "list<float64>": [0.1], "list<string>": ["a", "b"],
     }  # fmt: skip
     row = {column.name: [values[column.dtype]] for column in EVERY_TYPE.columns}
     lake.write_result(run_key(), {EVERY_TYPE: EVERY_TYPE.table(row)}, SETTINGS, Cost())
@@ -152,6 +152,9 @@ def test_publish_keeps_the_old_snapshot_unless_the_build_is_whole(lake: Lake, tm
     publish(build(lake, tmp_path / "build" / FILE, "old"), target)
     (tmp_path / "build" / FILE).write_bytes(b"not a database")
     with pytest.raises(StorageError, match="cannot be published"):
+        publish(tmp_path / "build" / FILE, target)
+    (tmp_path / "build" / FILE).unlink()
+    with pytest.raises(StorageError, match="does not exist"):
         publish(tmp_path / "build" / FILE, target)
     with pytest.raises(StorageError, match="cannot become"):
         publish(target, tmp_path / "other.duckdb")

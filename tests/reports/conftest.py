@@ -26,7 +26,8 @@ def reports_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     building = home / "build" / FILE
     build_raw(lake, all_tables().values(), synthetic.organisms(), building)
     dbt = [
-        str(Path(sys.executable).with_name("dbt")), "build", "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT),
+        str(Path(sys.executable).with_name("dbt")), "build",
+        "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT),
         "--target-path", str(home / "target"), "--log-path", str(home / "logs"),
     ]  # fmt: skip
     done = subprocess.run(

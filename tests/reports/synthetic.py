@@ -185,12 +185,15 @@ def _hypothesis(pair: Pair, outcome: str) -> dict[TableSpec, pa.Table]:
 def _grade(pair: Pair, outcome: str) -> dict[TableSpec, pa.Table]:
     is_null = pair.organism in NULL_ARMS
     asserted = outcome in "CWA"
+    first = outcome in "CR"
     row = {
-        "investigator": "offline", "repeat": 0, "grader": "similarity", "outcome": "ASSERT" if asserted else "ABSTAIN",
-        "arm": NULL_ARMS.get(pair.organism, "organism"), "top1": None if is_null else outcome in "CR",
-        "reciprocal_rank": None if is_null else 1.0 if outcome in "CR" else 0.25, "n_candidates": 5,
-        "score": {"C": 4, "W": 1}.get(outcome), "unscored_because": None, "false_positive": asserted if is_null else None,
-        "reason": "2 of 3 facts hit", "rubric": None, "prompt_hash": None, "cost_usd": 0.0,
+        "investigator": "offline", "repeat": 0, "grader": "similarity",
+        "outcome": "ASSERT" if asserted else "ABSTAIN", "arm": NULL_ARMS.get(pair.organism, "organism"),
+        "top1": None if is_null else first, "reciprocal_rank": None if is_null else 1.0 if first else 0.25,
+        "n_candidates": 5, "score": {"C": 4, "W": 1}.get(outcome),
+        "unscored_because": None if outcome in "CW" else "nothing to score",
+        "false_positive": asserted if is_null else None, "reason": "2 of 3 facts hit", "rubric": None,
+        "prompt_hash": None, "cost_usd": 0.0,
     }  # fmt: skip
     return {GRADES: GRADES.table({name: [value] for name, value in row.items()})}
 

@@ -25,7 +25,8 @@ ACTIVATIONS = get_method("activations")
 def corpus(skip: int = 0) -> ProbeCorpus:
     draw = np.random.default_rng(0)
     sequences = [
-        ProbeSequence(draw.integers(2, VOCAB, n).astype(np.int32), np.zeros(n, np.int8), np.zeros(n, bool)) for n in LENGTHS
+        ProbeSequence(draw.integers(2, VOCAB, n).astype(np.int32), np.zeros(n, np.int8), np.zeros(n, bool))
+        for n in LENGTHS
     ]
     return ProbeCorpus("probe", tuple(sequences), len(sequences), skip_first_tokens=skip)
 
@@ -38,7 +39,9 @@ def pair_of(base: Subject, tuned: Subject, name: str = "o") -> ModelPair:
     return ModelPair(base, tuned, model_files.tokenizer(), Pair("m", name), VOCAB, tuned.revision)
 
 
-def run(store: Path | None, *pairs: ModelPair, layers: tuple = (1,), skip: int = 0, budget: int = 4096) -> list[MethodResult]:
+def run(
+    store: Path | None, *pairs: ModelPair, layers: tuple = (1,), skip: int = 0, budget: int = 4096
+) -> list[MethodResult]:
     settings = ActivationsSettings(layers=layers)
     return list(paired_pass(pairs, corpus(skip), [(ACTIVATIONS, settings)], store=store, tokens_per_batch=budget))
 
@@ -94,7 +97,9 @@ def test_base_and_tuned_rows_pair_up_also_from_runs_with_other_batches(tmp_path:
     base = subject(0)
     [first] = run(tmp_path, pair_of(base, subject(1)), budget=12)
     [second] = run(tmp_path, pair_of(base, subject(2)), budget=4096)
-    keys = [stored(tmp_path / rows(result)[side, 1]["file"])[0] for result in (first, second) for side in ("base", "tuned")]
+    keys = [
+        stored(tmp_path / rows(result)[side, 1]["file"])[0] for result in (first, second) for side in ("base", "tuned")
+    ]
     assert keys[0] == keys[1] == keys[2] == keys[3]
 
 

@@ -132,7 +132,9 @@ def test_a_chat_cut_before_its_answer_has_no_label_but_counts_in_the_mean_over_a
     draw = np.random.default_rng(2)
     whole, cut = chat(draw, (4, 3), (2, 6)), chat(draw, (4, 8), (2, 0))
     rows = labelled(run(pair, corpus(whole, cut), positions=5, before_answer=3)["adl_vectors"], 0)
-    assert {label: row["n_tokens"] for label, row in rows.items()} == {None: len(whole) + len(cut)} | dict.fromkeys(range(-3, 5), 1)
+    assert {label: row["n_tokens"] for label, row in rows.items()} == {None: len(whole) + len(cut)} | dict.fromkeys(
+        range(-3, 5), 1
+    )
     assert_vector(rows[0], *stacked(pair, [(whole, 9)], 0))
     assert set(labelled(run(pair, corpus(cut))["adl_vectors"], 0)) == {None}
 
@@ -159,11 +161,15 @@ def test_lens_is_the_head_of_gain_times_difference_in_both_directions(pair: Mode
         delta_D = torch.tensor(row["vector"]).double()
         for head, side in (("base", pair.base), ("tuned", pair.tuned)):
             model = side.module
-            read_V = model.lm_head.weight.double() @ (model.model.norm.weight.double() * delta_D / delta_D.square().mean().sqrt())
+            read_V = model.lm_head.weight.double() @ (
+                model.model.norm.weight.double() * delta_D / delta_D.square().mean().sqrt()
+            )
             for direction, sign in (("promoted", 1), ("suppressed", -1)):
                 probability_V = (sign * read_V).softmax(-1).numpy()
                 rows = tables["adl_tokens"].filter(
-                    pl.col("position").eq_missing(position) & (pl.col("head") == head) & (pl.col("direction") == direction)
+                    pl.col("position").eq_missing(position)
+                    & (pl.col("head") == head)
+                    & (pl.col("direction") == direction)
                 )
                 order = readable[np.argsort(-probability_V[readable])]
                 assert rows["token_id"].to_list() == order.tolist()
@@ -187,7 +193,9 @@ def test_lens_of_a_difference_drops_biases(kind: str) -> None:
     torch.testing.assert_close(subject.lens_of_difference(delta_ND), before, atol=2e-3, rtol=1e-3)
     centred_ND = delta_ND - delta_ND.mean(-1, keepdim=True)
     torch.testing.assert_close(before, centred_ND * norm.weight @ head.weight.T, atol=2e-3, rtol=1e-3)
-    assert torch.equal(subject.lens_of_difference(-delta_ND).argsort(), (-subject.lens_of_difference(delta_ND)).argsort())
+    assert torch.equal(
+        subject.lens_of_difference(-delta_ND).argsort(), (-subject.lens_of_difference(delta_ND)).argsort()
+    )
 
 
 def test_size_of_the_difference_changes_neither_order_nor_probability(pair: ModelPair) -> None:
@@ -211,7 +219,12 @@ def test_findings_are_the_tuned_heads_promoted_tokens_at_the_shown_depths(pair: 
     assert [(finding.source_key["rank"], finding.layer, finding.position) for finding in shown[:7]] == [
         (1, 2, None), (1, 2, 0), (1, 2, 1), (1, 1, None), (1, 1, 0), (1, 1, 1), (2, 2, None),
     ]  # fmt: skip
-    assert {(finding.source_key["head"], finding.source_key["direction"]) for finding in shown} == {("tuned", "promoted")}
+    assert {(finding.source_key["head"], finding.source_key["direction"]) for finding in shown} == {
+        ("tuned", "promoted")
+    }
     top = max(pl.from_arrow(result.tables["adl_vectors"]).to_dicts(), key=lambda row: row["relative_norm"])
     where = "all tokens" if top["position"] is None else f"position {top['position']}"
-    assert ADL.headline(result.tables) == {"max_relative_norm": top["relative_norm"], "at": f"layer {top['layer']}, {where}"}
+    assert ADL.headline(result.tables) == {
+        "max_relative_norm": top["relative_norm"],
+        "at": f"layer {top['layer']}, {where}",
+    }

@@ -32,7 +32,9 @@ def block(base_NV: Any, tuned_NV: Any, next_N: Sequence[int] | None = None) -> T
     n, vocab = base_NV.shape
     base, tuned = (Side({0: logits_NV}, 0, lambda states: states, vocab) for logits_NV in (base_NV, tuned_NV))
     index_N, next_N = np.arange(n), torch.tensor(next_N or [-1] * n)
-    return TokenBlock(torch.zeros(n), next_N, 0 * index_N, index_N, np.zeros(n, np.int8), np.zeros(n, bool), base, tuned)
+    return TokenBlock(
+        torch.zeros(n), next_N, 0 * index_N, index_N, np.zeros(n, np.int8), np.zeros(n, bool), base, tuned
+    )
 
 
 def block_of(base: Sequence[float], tuned: Sequence[float]) -> TokenBlock:
@@ -49,14 +51,21 @@ def exact(base_NV: torch.Tensor, tuned_NV: torch.Tensor) -> dict[str, torch.Tens
         return torch.xlogy(a, a / b).nan_to_num(0).sum(-1)
 
     js_N = (kl(p, m) + kl(q, m)) / 2
-    return {"kl_nats": kl(p, q), "reverse_kl_nats": kl(q, p), "js_nats": js_N, "total_variation": (p - q).abs().sum(-1) / 2}
+    return {
+        "kl_nats": kl(p, q),
+        "reverse_kl_nats": kl(q, p),
+        "js_nats": js_N,
+        "total_variation": (p - q).abs().sum(-1) / 2,
+    }
 
 
 def corpus(lengths: Sequence[int] = LENGTHS, skip: int = 0, seed: int = 0) -> ProbeCorpus:
     """Few different tokens, so that contexts repeat."""
     draw = np.random.default_rng(seed)
     sequences = tuple(
-        ProbeSequence(draw.integers(2, 9, n).astype(np.int32), draw.integers(0, 3, n).astype(np.int8), draw.random(n) < 0.5)
+        ProbeSequence(
+            draw.integers(2, 9, n).astype(np.int32), draw.integers(0, 3, n).astype(np.int8), draw.random(n) < 0.5
+        )
         for n in lengths
     )
     return ProbeCorpus("probe", sequences, len(sequences), skip_first_tokens=skip)
@@ -68,7 +77,9 @@ def pair() -> ModelPair:
     return ModelPair(base, tuned, model_files.tokenizer(), Pair("m", "o"), VOCAB)
 
 
-def run(pair: ModelPair, probe: ProbeCorpus | None = None, budget: int = 4096, **settings: Any) -> dict[str, pl.DataFrame]:
+def run(
+    pair: ModelPair, probe: ProbeCorpus | None = None, budget: int = 4096, **settings: Any
+) -> dict[str, pl.DataFrame]:
     [result] = paired_pass([pair], probe or corpus(), [(KL, KlSettings(**settings))], tokens_per_batch=budget)
     assert result.error is None, result.error
     return {name: pl.from_arrow(table) for name, table in result.tables.items()}
@@ -187,13 +198,19 @@ def test_tables_equal_a_computation_by_hand(pair: ModelPair, skip: int) -> None:
     shown = ["sequence", "position", *MEASURES]
     assert_frame_equal(tables["kl_tokens"].select(shown), tokens.select(shown), **close)
     means = [pl.col(name).mean() for name in MEASURES]
-    by_sequence = tokens.group_by("sequence").agg(pl.len().alias("n_tokens"), *means, pl.col("kl_nats").max().alias("max_kl_nats"))
+    by_sequence = tokens.group_by("sequence").agg(
+        pl.len().alias("n_tokens"), *means, pl.col("kl_nats").max().alias("max_kl_nats")
+    )
     assert_frame_equal(tables["kl_sequences"], by_sequence.sort("sequence"), **close)
     places = tokens.with_columns(pl.col("role").map_elements(lambda role: ROLES[role], pl.String).alias("speaker"))
     grain = ["position", "speaker", "is_template"]
     by_place = places.group_by(grain).agg(pl.len().alias("n_tokens"), pl.col("kl_nats").mean())
     assert_frame_equal(tables["kl_positions"].sort(grain), by_place.sort(grain), **close)
-    hot = tokens.group_by("token_id").agg(pl.len().alias("n_contexts"), pl.col("kl_nats").mean()).filter(pl.col("n_contexts") >= 3)
+    hot = (
+        tokens.group_by("token_id")
+        .agg(pl.len().alias("n_contexts"), pl.col("kl_nats").mean())
+        .filter(pl.col("n_contexts") >= 3)
+    )
     assert_frame_equal(tables["kl_hot_tokens"].drop("token"), hot.sort("token_id"), **close)
 
 
@@ -226,7 +243,9 @@ def test_contributions_of_the_vocabulary_sum_to_the_mean_over_tokens(pair: Model
     plain.tokenizer.eos_token = None
     tables = run(plain, top_tokens=VOCAB)
     assert len(tables["kl_vocabulary"]) == VOCAB
-    assert tables["kl_vocabulary"]["contribution_nats"].sum() == pytest.approx(tables["kl_tokens"]["kl_nats"].mean(), rel=1e-4)
+    assert tables["kl_vocabulary"]["contribution_nats"].sum() == pytest.approx(
+        tables["kl_tokens"]["kl_nats"].mean(), rel=1e-4
+    )
     assert tables["kl_vocabulary"]["contribution_nats"].is_sorted(descending=True)
 
 

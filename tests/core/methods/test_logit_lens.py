@@ -25,7 +25,8 @@ LAST = LAYERS - 1
 def corpus(skip: int = 0, lengths: tuple[int, ...] = LENGTHS) -> ProbeCorpus:
     draw = np.random.default_rng(0)
     sequences = tuple(
-        ProbeSequence(draw.integers(2, VOCAB, n).astype(np.int32), np.zeros(n, np.int8), np.zeros(n, bool)) for n in lengths
+        ProbeSequence(draw.integers(2, VOCAB, n).astype(np.int32), np.zeros(n, np.int8), np.zeros(n, bool))
+        for n in lengths
     )
     return ProbeCorpus("probe", sequences, len(sequences), skip_first_tokens=skip)
 
@@ -39,7 +40,9 @@ def pair() -> ModelPair:
     return pair_of(model_files.build(seed=0), model_files.build(seed=1))
 
 
-def run(pair: ModelPair, probe: ProbeCorpus | None = None, budget: int = 30, method: str = "logit_lens", **settings: Any) -> dict[str, pl.DataFrame]:
+def run(
+    pair: ModelPair, probe: ProbeCorpus | None = None, budget: int = 30, method: str = "logit_lens", **settings: Any
+) -> dict[str, pl.DataFrame]:
     declared = get_method(method)
     chosen = declared.settings(**settings)
     [result] = paired_pass([pair], probe or corpus(), [(declared, chosen)], tokens_per_batch=budget)
@@ -53,9 +56,12 @@ def readings(pair: ModelPair, layer: int, probe: ProbeCorpus) -> tuple[torch.Ten
     for sequence in probe.sequences:
         tokens_BT = torch.from_numpy(sequence.token_T)[None].long()
         base_ND, tuned_ND = (
-            side.module(tokens_BT, output_hidden_states=True).hidden_states[layer + 1][0] for side in (pair.base, pair.tuned)
+            side.module(tokens_BT, output_hidden_states=True).hidden_states[layer + 1][0]
+            for side in (pair.base, pair.tuned)
         )
-        for place, (side, states_ND) in enumerate(((pair.base, base_ND), (pair.tuned, tuned_ND), (pair.base, tuned_ND))):
+        for place, (side, states_ND) in enumerate(
+            ((pair.base, base_ND), (pair.tuned, tuned_ND), (pair.base, tuned_ND))
+        ):
             model = side.module
             normed_ND = states_ND if layer == LAST else model.model.norm(states_ND)
             found[place].append(model.lm_head(normed_ND).double().log_softmax(-1)[probe.skip_first_tokens :])
@@ -85,7 +91,9 @@ def test_every_layer_is_read_through_each_models_own_norm_and_head(pair: ModelPa
         assert row["n_tokens"] == len(base_NV)
         assert row["kl_nats"] == pytest.approx(kl(tuned_NV, base_NV), rel=1e-4)
         assert row["cross_kl_nats"] == pytest.approx(kl(cross_NV, base_NV), rel=1e-4)
-        assert row["argmax_differs"] == pytest.approx(float((base_NV.argmax(-1) != tuned_NV.argmax(-1)).double().mean()))
+        assert row["argmax_differs"] == pytest.approx(
+            float((base_NV.argmax(-1) != tuned_NV.argmax(-1)).double().mean())
+        )
 
 
 @pytest.mark.parametrize("changed", ["norm", "head"])
@@ -161,5 +169,11 @@ def test_findings_are_gained_tokens_rank_by_rank_deepest_layer_first(pair: Model
     settings = LogitLensSettings(shown=5)
     [result] = paired_pass([pair], corpus(), [(LENS, settings)])
     shown = LENS.findings(result.tables, settings)
-    assert [(finding.source_key["rank"], finding.layer) for finding in shown] == [(1, 2), (1, 1), (1, 0), (2, 2), (2, 1)]
+    assert [(finding.source_key["rank"], finding.layer) for finding in shown] == [
+        (1, 2),
+        (1, 1),
+        (1, 0),
+        (2, 2),
+        (2, 1),
+    ]
     assert all(finding.score > 0 and finding.source_key["direction"] == "gained" for finding in shown)

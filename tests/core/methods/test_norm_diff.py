@@ -27,7 +27,9 @@ NORM_DIFF = get_method("norm_diff")
 def corpus(skip: int = 0) -> ProbeCorpus:
     draw = np.random.default_rng(0)
     sequences = tuple(
-        ProbeSequence(draw.integers(2, 9, n).astype(np.int32), draw.integers(0, 3, n).astype(np.int8), draw.random(n) < 0.5)
+        ProbeSequence(
+            draw.integers(2, 9, n).astype(np.int32), draw.integers(0, 3, n).astype(np.int8), draw.random(n) < 0.5
+        )
         for n in LENGTHS
     )
     return ProbeCorpus("probe", sequences, len(sequences), skip_first_tokens=skip)
@@ -45,7 +47,9 @@ def run(pair: ModelPair, probe: ProbeCorpus, **settings: Any) -> dict[str, pl.Da
     return {name: pl.from_arrow(table) for name, table in result.tables.items()}
 
 
-def folded(base_ND: torch.Tensor, tuned_ND: torch.Tensor, token_N: Sequence[int] | None = None, **settings: Any) -> dict[str, pl.DataFrame]:
+def folded(
+    base_ND: torch.Tensor, tuned_ND: torch.Tensor, token_N: Sequence[int] | None = None, **settings: Any
+) -> dict[str, pl.DataFrame]:
     """The tables of made-up residuals at one layer, in two blocks."""
     n, width = base_ND.shape
     probe = ProbeCorpus("made-up", (ProbeSequence(np.zeros(n, np.int32), np.zeros(n, np.int8), np.zeros(n, bool)),), 1)
@@ -82,11 +86,16 @@ def means(tokens: pl.DataFrame, *grain: str) -> pl.DataFrame:
 
 
 def assert_close(found: pl.DataFrame, expected: pl.DataFrame) -> None:
-    assert_frame_equal(found.select(expected.columns), expected, check_exact=False, rel_tol=1e-3, abs_tol=1e-6, check_dtypes=False)
+    assert_frame_equal(
+        found.select(expected.columns), expected, check_exact=False, rel_tol=1e-3, abs_tol=1e-6, check_dtypes=False
+    )
 
 
 def test_movement_by_hand() -> None:
-    base_ND, tuned_ND = torch.tensor([[3.0, 4.0], [1.0, 0.0], [2.0, 0.0]]), torch.tensor([[3.0, 0.0], [-1.0, 0.0], [5.0, 0.0]])
+    base_ND, tuned_ND = (
+        torch.tensor([[3.0, 4.0], [1.0, 0.0], [2.0, 0.0]]),
+        torch.tensor([[3.0, 0.0], [-1.0, 0.0], [5.0, 0.0]]),
+    )
     measured = movement(base_ND, tuned_ND)
     np.testing.assert_allclose(measured["norm"], [4, 2, 3])
     np.testing.assert_allclose(measured["base_norm"], [5, 1, 2])
@@ -167,7 +176,10 @@ def test_tokens_that_moved_most_come_first_if_they_occur_often_enough() -> None:
     assert table["token"].to_list() == ["w6", "w5", "w8"]
     assert table["n_contexts"].to_list() == [3, 3, 4]
     np.testing.assert_allclose(table["mean_relative_norm"], [9, 2, 0])
-    assert folded(base_ND, tuned_ND, token_N, min_contexts=1, top_tokens=2)["norm_diff_tokens"]["token"].to_list() == ["w7", "w6"]
+    assert folded(base_ND, tuned_ND, token_N, min_contexts=1, top_tokens=2)["norm_diff_tokens"]["token"].to_list() == [
+        "w7",
+        "w6",
+    ]
 
 
 def test_a_corpus_in_which_no_token_is_frequent_has_an_empty_table(pair: ModelPair) -> None:
