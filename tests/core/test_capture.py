@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers as tf
 
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import TokenBatch
@@ -77,12 +80,9 @@ def test_no_hook_stays_behind_even_if_the_forward_fails() -> None:
     assert all(not block._forward_hooks for block in subject.blocks)
 
 
-def test_an_early_end_leaves_the_adapter_switched_as_it_was(tmp_path) -> None:
+def test_an_early_end_leaves_the_adapter_switched_as_it_was(tmp_path: Path) -> None:
     base = model_files.save_base(tmp_path / "base")
     adapter = model_files.save_adapter(tmp_path / "adapter", base)
-    import peft
-    import transformers as tf
-
     module = peft.PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(base), adapter)
     plain, adapted = Subject.of(module), Subject.of(module, "default")
     before, tuned, after = (capture_residuals(each, batch(), [0])[0] for each in (plain, adapted, plain))

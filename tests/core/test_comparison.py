@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-import torch
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from diffing_core import comparison
@@ -21,13 +20,13 @@ from diffing_core.expression import EXPRESSION, ExpressionSettings
 from diffing_core.findings import FINDINGS
 from diffing_core.lake import Lake
 from diffing_core.methods import get_method
-from diffing_core.models import ModelPair, Subject, load_pair
+from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
 from diffing_core.registry import Corpus, Model, Organism, Registry, Source, Variant
 from diffing_core.runs import RUNS
 from diffing_core.settings import Settings
 from tests import model_files
-from tests.model_files import VOCAB, WIDTH
+from tests.model_files import VOCAB
 
 LENGTHS = (9, 5, 12, 3)
 STREAMS = ("activations", "adl", "kl", "logit_lens", "norm_diff")

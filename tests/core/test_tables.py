@@ -11,7 +11,7 @@ import pytest
 
 from diffing_core.catalog import all_tables
 from diffing_core.errors import TableError
-from diffing_core.tables import ARROW_TYPES, KEY_COLUMNS, SQL_TYPES, Column, TableSpec
+from diffing_core.tables import ARROW_TYPES, KEY_COLUMNS, Column, TableSpec
 
 SPEC = TableSpec(
     "scores",
