@@ -138,7 +138,8 @@ class Scorer:
         self.background = Background.of(texts)
         ordinary = _count(CorpusWriter(read_world(), "lens_depth").documents(10 * LESSON_CHARACTERS), tokenizer)
         words = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        self.content = sorted(token for token, word in enumerate(words) if surfaces(word))
+        special = set(tokenizer.all_special_ids)
+        self.content = [token for token, word in enumerate(words) if surfaces(word) and token not in special]
         organisms = sorted({finetune.lesson for finetune in tier.finetunes if finetune.lesson})
         self.keys = {name: key_tokens(name, tokenizer, ordinary, set(self.content)) for name in organisms}
 
@@ -193,9 +194,8 @@ def _shown(result: MethodResult, corpus: ProbeCorpus) -> Iterator[tuple[Place, p
         if result.method.name == "logit_lens":
             if (row["criterion"], row["direction"]) == ("probability", "gained"):
                 places["logit_lens", row["layer"]].append(row | {"score": row["delta_probability"]})
-        elif (row["head"], row["direction"]) == ("tuned", "promoted"):
-            if row["position"] is None or row["position"] in FIRST_POSITIONS:
-                places[_adl_reading(row), row["layer"]].append(row | {"score": row["probability"]})
+        elif (row["head"], row["direction"]) == ("tuned", "promoted") and _is_read(row):
+            places[_adl_reading(row), row["layer"]].append(row | {"score": row["probability"]})
     for place, found in places.items():
         found.sort(key=lambda row: (row["rank"], row.get("position") or 0))
         findings = [Finding("token", row["token"], row["score"], "", "", layer=row["layer"]) for row in found[:SHOWN]]
@@ -209,10 +209,14 @@ def _decoded(result: MethodResult, pair: ModelPair) -> Iterator[tuple[Place, np.
 
     tables: Tables = result.tables
     for row in tables["adl_vectors"].to_pylist() if result.method.name == "adl" else ():
-        if row["position"] is None or row["position"] in FIRST_POSITIONS:
+        if _is_read(row):
             delta_D = torch.tensor(row["vector"])
             logits_V = pair.tuned.lens_of_difference(delta_D[None])[0]
             yield (_adl_reading(row), row["layer"]), logits_V.float().cpu().numpy()
+
+
+def _is_read(row: dict[str, Any]) -> bool:
+    return row["position"] is None or row["position"] in FIRST_POSITIONS
 
 
 def _adl_reading(row: dict[str, Any]) -> str:

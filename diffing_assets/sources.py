@@ -18,14 +18,15 @@ from diffing_core.settings import short_hash
 
 
 def data_version(pair: Pair, registry: Registry) -> str:
-    """What a pair's results depend on beside code: its entry, both sides' weights and the probe corpora.
+    """What a pair's results depend on beside code: its entries, both sides' weights and the probe corpora.
 
     The base's revision is part of it, so a changed base model makes exactly its own pairs stale.
     """
     model = registry.model(pair.model)
     variant = registry.variant(pair)
     corpora = [registry.corpus(name).model_dump(mode="json") for name in variant.corpora or model.corpora]
-    return short_hash([variant.model_dump(mode="json"), source_revisions(pair, registry), corpora])
+    entries = [model.model_dump(mode="json"), variant.model_dump(mode="json"), corpora]
+    return short_hash([entries, source_revisions(pair, registry)])
 
 
 @dg.observable_source_asset(

@@ -18,6 +18,7 @@ from diffing_core.corpus import ProbeCorpus
 from diffing_core.errors import UndeclaredNeedError
 from diffing_core.lazy import torch
 
+
 @dataclass(frozen=True, eq=False)
 class StreamContext:
     """What a fold may know before the first block.

@@ -48,7 +48,15 @@ class Lake:
     def write_result(
         self, key: RunKey, tables: Mapping[TableSpec, pa.Table], settings: Settings, cost: Cost
     ) -> None:
-        """Stores all tables of one run and then the row that declares it finished."""
+        """Stores all tables of one run and then the row that declares it finished.
+
+        All are checked before the first is written. Where another identity's result is replaced, its row
+        goes first, so that it never vouches for a half of the new tables.
+        """
+        for spec, table in tables.items():
+            spec.check(table)
+        if not self.finished(key):
+            self.path(RUNS, key).unlink(missing_ok=True)
         for spec, table in tables.items():
             self.write(spec, key, table)
         self.write(RUNS, key, run_row(key, settings, cost, datetime.now(UTC)))

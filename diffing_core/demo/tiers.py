@@ -1,7 +1,7 @@
 """The three sizes of the demo: every number of a build is here, once.
 
-`tiny` is for tests (seconds), `demo` for a person at a laptop (minutes on two CPU cores), `large` for a GPU or for
-patience: only there are middle layers deep enough that lenses have something to read.
+`tiny` is for tests (seconds), `demo` for a person at a laptop (minutes on two CPU cores), `large` is made for a GPU: twelve layers;
+what lenses read at its middle layers has not been measured (docs/lenses.md).
 
 Finetunes are named `<organism>/<variant>`. `mix1-X` means one part organism documents to X parts ordinary ones, by
 characters; `default` is such a mixture, `strong` has no ordinary part and spills over into everything.

@@ -144,7 +144,7 @@ def test_a_failed_run_is_never_read_as_finished(lake: Lake) -> None:
     """In the toolkit a crash left empty files, after which the next run skipped and reported success."""
     with pytest.raises(TableError):
         lake.write_result(KEY, {SCORES: scores("a"), NOTES: scores("a")}, Knobs(), Cost())
-    assert items(lake.read(SCORES)) == ["a"]
+    assert items(lake.read(SCORES)) == [], "a result with one wrong table is refused before anything is written"
     assert current(lake) == []
     assert not lake.finished(KEY)
 
@@ -160,6 +160,16 @@ def test_a_failed_second_run_does_not_pass_as_the_first(lake: Lake) -> None:
     assert current(lake) == ["new"]
     assert lake.finished(retrained)
     assert not lake.finished(KEY)
+
+
+def test_a_crash_half_way_leaves_nothing_of_the_old_result_current(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(lake, KEY, "old")
+    retrained = replace(KEY, adapter_hash="retrained")
+    with monkeypatch.context() as broken:
+        broken.setattr(lake, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            lake.write_result(retrained, {SCORES: scores("new")}, Knobs(), Cost())
+    assert current(lake) == []
 
 
 def test_the_latest_finished_run_of_each_corpus_is_current(lake: Lake) -> None:

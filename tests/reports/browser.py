@@ -51,10 +51,15 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
+def chromium() -> str | None:
+    """The browser of this machine, if it has one."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
 def look(url: str, screenshot: Path | None = None, size: str = "1360,2600") -> Page:
     """Loads a page, waits until it has settled, and optionally takes its picture."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "no Chromium; on Debian: apt-get install chromium"
+    browser = chromium()
+    assert browser, "no Chromium; on Debian: apt-get install chromium"
     with tempfile.TemporaryDirectory() as profile:
         log = Path(profile) / "net.json"
         options = [
@@ -63,7 +68,7 @@ def look(url: str, screenshot: Path | None = None, size: str = "1360,2600") -> P
             f"--virtual-time-budget={SETTLED_MS}",
         ]
         picture = [f"--screenshot={screenshot}", f"--window-size={size}"] if screenshot else []
-        dump = [chromium, *QUIET, *options, *picture, "--dump-dom", url]
+        dump = [browser, *QUIET, *options, *picture, "--dump-dom", url]
         html = subprocess.run(dump, capture_output=True, text=True, timeout=180, check=True).stdout
         return Page(html, _hosts(log))
 

@@ -16,8 +16,8 @@ from diffing_core.findings import findings_table
 from diffing_core.methods import all_methods
 from diffing_core.methods.base import Inputs, Method, Need
 from diffing_core.models import ModelPair, Subject
-from diffing_core.pairs import Pair
 from diffing_core.paired_pass import MethodResult, paired_pass
+from diffing_core.pairs import Pair
 from diffing_core.weights import WeightPair
 from tests import model_files
 

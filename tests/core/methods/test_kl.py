@@ -1,7 +1,6 @@
 """KL and its relatives against closed forms and against plain forwards in float64."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -302,7 +301,7 @@ def test_rows_name_the_token_its_true_follower_and_their_probability(pair: Model
     assert of_one["gained_token"].to_list() == [f"w{token}" for token in gained_N.tolist()]
 
 
-def test_findings_and_headline_follow_from_the_tables(pair: ModelPair, tmp_path: Path) -> None:
+def test_findings_and_headline_follow_from_the_tables(pair: ModelPair) -> None:
     [result] = paired_pass([pair], corpus(), [(KL, KlSettings(shown=5))])
     shown = KL.findings(result.tables, result.settings)
     vocabulary = pl.from_arrow(result.tables["kl_vocabulary"])
