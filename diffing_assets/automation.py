@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from diffing_assets.keys import BASE_ACTIVATIONS, FINETUNE
+from diffing_assets.keys import BASE_ACTIVATIONS, FINETUNE, PROBES
 from diffing_assets.partitions import sync_partitions
 from diffing_assets.resources import Workspace
 from diffing_assets.sources import data_version
@@ -18,6 +18,7 @@ from diffing_core.errors import DiffingError
 
 ENABLED = "DIFFING_AUTOMATION"
 NIGHTLY = "0 2 * * *"
+MORNING = "0 6 * * *"
 
 
 @dg.sensor(
@@ -48,37 +49,54 @@ def new_finetunes(context: dg.SensorEvaluationContext, workspace: Workspace) -> 
     )
 
 
-def policy() -> dg.AutomationCondition | None:
-    """When an asset runs by itself; None unless automation is asked for.
+def is_enabled() -> bool:
+    """Whether runs by themselves are asked for."""
+    return bool(os.environ.get(ENABLED))
 
-    A partition is requested once its dependencies are there and it became missing, or a dependency's
-    data changed, or its code version changed, or its last execution newly failed; a nightly sweep asks
-    again for what is still missing. The base's activations never trigger anything.
+
+def pair_policy() -> dg.AutomationCondition:
+    """When a pair's asset runs: it is missing or out of date, and what it reads is there and at rest.
+
+    Out of date: the observed data version changed, an upstream result is newer, or the code version
+    changed. A failed execution is asked for once more; a nightly sweep asks for what is still missing.
+    The corpora and the base's activations are external: they never trigger anything and never block.
     """
-    if not os.environ.get(ENABLED):
-        return None
     condition = dg.AutomationCondition
     fresh = condition.newly_missing() | condition.any_deps_updated() | condition.code_version_changed()
     retry = condition.execution_failed().newly_true()
     sweep = condition.cron_tick_passed(NIGHTLY) & condition.missing()
     ready = ~condition.any_deps_missing() & ~condition.any_deps_in_progress() & ~condition.in_progress()
-    wanted = (fresh | retry | sweep).since(condition.newly_requested() | condition.newly_updated())
-    return (ready & wanted).ignore(dg.AssetSelection.assets(BASE_ACTIVATIONS)).with_label("missing or out of date")
+    wanted = (fresh | retry | sweep | condition.initial_evaluation() & condition.missing()).since(
+        condition.newly_requested() | condition.newly_updated()
+    )
+    unwatched = dg.AssetSelection.assets(BASE_ACTIVATIONS, PROBES)
+    return (ready & wanted).ignore(unwatched).with_label("missing or out of date")
+
+
+def report_policy() -> dg.AutomationCondition:
+    """Reports are rebuilt every morning, after the night's runs."""
+    condition = dg.AutomationCondition
+    return (condition.cron_tick_passed(MORNING) & ~condition.in_progress()).with_label("every morning")
 
 
 def with_policy(assets: list[Any]) -> list[Any]:
-    """The assets, with the policy attached where it is asked for."""
-    condition = policy()
-    if condition is None:
+    """The assets, with a policy on each that can be run, if automation is asked for."""
+    if not is_enabled():
         return assets
-    return dg.map_asset_specs(
-        lambda spec: spec if spec.skippable is None else spec.replace_attributes(automation_condition=condition), assets
-    )
+    return [_automated(each) if isinstance(each, dg.AssetsDefinition) and each.is_materializable else each for each in assets]
+
+
+def _automated(assets: dg.AssetsDefinition) -> dg.AssetsDefinition:
+    def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:
+        condition = report_policy() if spec.group_name == "reports" else pair_policy()
+        return spec.replace_attributes(automation_condition=condition)
+
+    return assets.map_asset_specs(with_condition)
 
 
 def sensors() -> list[dg.SensorDefinition]:
     """Discovery always; the evaluation of the policy only where it is asked for, and stopped until started."""
-    if policy() is None:
+    if not is_enabled():
         return [new_finetunes]
     evaluation = dg.AutomationConditionSensorDefinition(
         "automation",
