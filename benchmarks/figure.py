@@ -61,7 +61,7 @@ def write(figures: list[Figure], home: Path, docs: Path) -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`: one run, one thread per process, ratios of median processor time.",
+        "Written by `make bench`: one run, one thread per process; ratios are of times taken within that run.",
         "",
         "| figure | value | goal | met | parts |",
         "|---|---|---|---|---|",

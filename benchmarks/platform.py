@@ -42,11 +42,13 @@ def partition_overhead() -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "demo").symlink_to(trained)
         os.environ["DIFFING_HOME"] = folder
-        with dg.DagsterInstance.local_temp(folder) as instance:
-            _library(), _dagster(instance)
-            library_s = statistics.median(wall_s(_library) for _ in range(3))
-            dagster_s = statistics.median(wall_s(lambda: _dagster(instance)) for _ in range(3))
-        os.environ["DIFFING_HOME"] = str(trained.parent)
+        try:
+            with dg.DagsterInstance.local_temp(folder) as instance:
+                _library(), _dagster(instance)
+                library_s = statistics.median(wall_s(_library) for _ in range(3))
+                dagster_s = statistics.median(wall_s(lambda: _dagster(instance)) for _ in range(3))
+        finally:
+            os.environ["DIFFING_HOME"] = str(trained.parent)
     parts = {"through Dagster (s)": dagster_s, "library call (s)": library_s}
     return [Figure("partition_overhead_s", dagster_s - library_s, "s", 3, "lower", parts)]
 

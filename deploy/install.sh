@@ -17,6 +17,10 @@ links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-$("$venv/bin/python" -m pip config get 
 if [ -n "$links" ]; then
     UV_FIND_LINKS=$(printf '%s' "$links" | tr -s ' ' ',')
     export UV_FIND_LINKS
+else
+    # The build of torch that fits this machine: CUDA where there is a GPU, else the small CPU build.
+    UV_TORCH_BACKEND=${UV_TORCH_BACKEND:-auto}
+    export UV_TORCH_BACKEND
 fi
 
 install() { "$venv/bin/uv" pip install --python "$venv/bin/python" "$@"; }

@@ -73,6 +73,12 @@ def pair_policy() -> dg.AutomationCondition:
     return (ready & wanted).ignore(unwatched).with_label("missing or out of date")
 
 
+def calibration_policy() -> dg.AutomationCondition:
+    """Null calibration follows any new result; one missing or broken pair must not hold it back."""
+    condition = dg.AutomationCondition
+    return (condition.any_deps_updated() & ~condition.in_progress()).with_label("after new results")
+
+
 def report_policy() -> dg.AutomationCondition:
     """Reports are rebuilt every morning, after the night's runs."""
     condition = dg.AutomationCondition
@@ -88,7 +94,9 @@ def with_policy(assets: list[Any]) -> list[Any]:
 
 def _automated(assets: dg.AssetsDefinition) -> dg.AssetsDefinition:
     def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:
-        condition = report_policy() if spec.group_name == "reports" else pair_policy()
+        if spec.group_name == "reports":
+            return spec.replace_attributes(automation_condition=report_policy())
+        condition = pair_policy() if spec.partitions_def else calibration_policy()
         return spec.replace_attributes(automation_condition=condition)
 
     return assets.map_asset_specs(with_condition)
@@ -103,7 +111,6 @@ def sensors() -> list[dg.SensorDefinition]:
         target=dg.AssetSelection.all(),
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        run_tags={"dagster/retry_strategy": "FROM_ASSET_FAILURE"},
     )
     return [new_finetunes, evaluation]
 

@@ -70,7 +70,7 @@ def demo(tier: Annotated[str, typer.Option(help="tiny, demo or large.")] = "demo
 
 @app.command()
 def methods() -> None:
-    """The methods: kind, version, tables and settings."""
+    """The methods: kind, version, tables and reference."""
     from diffing_core.methods import all_methods
 
     rows = [

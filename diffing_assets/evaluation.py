@@ -6,6 +6,7 @@ import dagster as dg
 
 from diffing_assets.keys import CALIBRATED, EXPRESSED, FINETUNE, OWNERS, diff_key, grade_key, hypothesis_key
 from diffing_assets.partitions import PAIRS, requested_pairs
+from diffing_assets.report import PairReport, results_of
 from diffing_assets.resources import Workspace
 from diffing_assets.shown import column_schema, rows_table
 from diffing_core.agents.calibration import CALIBRATION
@@ -47,11 +48,12 @@ def hypotheses_assets() -> dg.AssetsDefinition:
     def hypothesise(context: dg.AssetExecutionContext, workspace: Workspace) -> Iterator[dg.MaterializeResult]:
         evaluator = Evaluator(workspace.registry(), workspace.lake())
         pairs = requested_pairs(context, evaluator.registry)
-        for arm in _selected(context, hypothesis_key):
+        reports = [PairReport(context, hypothesis_key(arm)) for arm in _selected(context, hypothesis_key)]
+        for report in reports:
             for pair in pairs:
-                row = evaluator.hypothesise(pair, arm)
-                context.add_asset_metadata(_hypothesis_metadata(row), hypothesis_key(arm), pair.key)
-            yield dg.MaterializeResult(asset_key=hypothesis_key(arm))
+                with report.of(pair) as shown:
+                    shown |= _hypothesis_metadata(evaluator.hypothesise(pair, report.key.path[-1]))
+        yield from results_of(reports)
 
     return hypothesise
 
@@ -68,11 +70,12 @@ def grades_assets() -> dg.AssetsDefinition:
     def grade(context: dg.AssetExecutionContext, workspace: Workspace) -> Iterator[dg.MaterializeResult]:
         evaluator = Evaluator(workspace.registry(), workspace.lake())
         pairs = requested_pairs(context, evaluator.registry)
-        for arm in _selected(context, grade_key):
+        reports = [PairReport(context, grade_key(arm)) for arm in _selected(context, grade_key)]
+        for report in reports:
             for pair in pairs:
-                rows = evaluator.grade(pair, arm)
-                context.add_asset_metadata({"grades": rows_table(rows)}, grade_key(arm), pair.key)
-            yield dg.MaterializeResult(asset_key=grade_key(arm))
+                with report.of(pair) as shown:
+                    shown["grades"] = rows_table(evaluator.grade(pair, report.key.path[-1]))
+        yield from results_of(reports)
 
     return grade
 

@@ -50,12 +50,8 @@ def open_instance() -> Iterator[dg.DagsterInstance]:
 
 
 def gpu_slots() -> int:
-    """Runs that may compute at a time: one per GPU, or one per core where there is none."""
-    found = shutil.which("nvidia-smi")
-    if found:
-        listed = subprocess.run([found, "-L"], capture_output=True, text=True, check=False).stdout
-        return max(1, len(listed.strip().splitlines()))
-    return os.cpu_count() or 1
+    """Runs that may compute at a time: one where there is a GPU (runs are not bound to devices), else one per core."""
+    return 1 if shutil.which("nvidia-smi") else os.cpu_count() or 1
 
 
 def dev_command(port: int) -> list[str]:
@@ -79,6 +75,8 @@ class Server:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             raise StorageError(f"the Dagster server refused a query: {error.read().decode()[:2000]}") from error
+        except OSError as error:
+            raise StorageError(f"the Dagster server at {self.url} does not answer: {error}") from error
         if answer.get("errors"):
             raise StorageError(f"the Dagster server refused a query: {answer['errors'][0]['message']}")
         return answer["data"]
@@ -89,7 +87,7 @@ class Server:
         query += "... on PythonError { message } } } } } }"
         try:
             entries = self.ask(query)["workspaceOrError"]["locationEntries"]
-        except (OSError, StorageError):
+        except StorageError:
             return False
         found = [entry["locationOrLoadError"] for entry in entries]
         broken = [each["message"] for each in found if each and each["__typename"] == "PythonError"]

@@ -12,6 +12,7 @@ import dagster as dg
 from diffing_assets.keys import BASE_ACTIVATIONS, FINETUNE, OWNERS, PROBES, diff_key
 from diffing_assets.launch_form import form, settings_of
 from diffing_assets.partitions import BASE_MODELS, PAIRS, by_model, cohorts, requested_pairs
+from diffing_assets.report import PairReport, results_of
 from diffing_assets.resources import Workspace
 from diffing_assets.shown import column_schema, outcome_metadata
 from diffing_core.comparison import Outcome, compare
@@ -66,18 +67,14 @@ def compare_assets() -> dg.AssetsDefinition:
     def compare_pairs(context: dg.AssetExecutionContext, workspace: Workspace) -> Iterator[dg.MaterializeResult]:
         wanted = [method for method in methods if diff_key(method) in context.selected_asset_keys]
         settings = settings_of([method.name for method in wanted], context.op_execution_context.op_config or {})
-        outcomes = list(_compare_all(context, workspace, settings))
-        failed = [outcome for outcome in outcomes if outcome.error is not None]
-        for method in wanted:
-            done = [each for each in outcomes if each.method == method and each.error is None]
-            if len(done) == len(context.partition_keys):
-                yield _reported(context, method, done)
+        reports = {method: PairReport(context, diff_key(method)) for method in wanted}
+        for outcome in _compare_all(context, workspace, settings):
+            if outcome.error is not None:
+                reports[outcome.method].failed(outcome.pair, outcome.error)
             else:
-                _report_apart(context, method, done)
-            if method.findings is None:
-                _report_base_models(context, done)
-        if failed:
-            raise _failure(failed)
+                reports[outcome.method].done(outcome.pair, outcome_metadata(outcome))
+                _report_base_model(context, outcome)
+        yield from results_of(list(reports.values()))
 
     return compare_pairs
 
@@ -106,39 +103,10 @@ def _compare_all(context: dg.AssetExecutionContext, workspace: Workspace, settin
             yield from (Outcome(pair, all_methods()[name], error=error) for pair in pairs for name in settings)
 
 
-def _reported(context: dg.AssetExecutionContext, method: Method, done: list[Outcome]) -> dg.MaterializeResult:
-    """One result for all partitions of the run, each with its own metadata."""
-    key = diff_key(method)
-    if len(done) == 1:
-        return dg.MaterializeResult(asset_key=key, metadata=outcome_metadata(done[0]))
-    for outcome in done:
-        context.add_asset_metadata(outcome_metadata(outcome), asset_key=key, partition_key=outcome.pair.key)
-    return dg.MaterializeResult(asset_key=key)
-
-
-def _report_apart(context: dg.AssetExecutionContext, method: Method, done: list[Outcome]) -> None:
-    """Where some pairs failed, the others are reported one by one, so that they count as materialized."""
-    for outcome in done:
-        context.log_event(
-            dg.AssetMaterialization(
-                asset_key=diff_key(method), partition=outcome.pair.key, metadata=outcome_metadata(outcome)
-            )
-        )
-
-
-def _report_base_models(context: dg.AssetExecutionContext, done: list[Outcome]) -> None:
-    """Says which base models' activations are now stored."""
-    for model in sorted({outcome.pair.model for outcome in done}):
-        context.log_event(dg.AssetMaterialization(asset_key=BASE_ACTIVATIONS, partition=model))
-
-
-def _failure(failed: list[Outcome]) -> dg.Failure:
-    lines = [f"{outcome.pair} / {outcome.method.name}: {type(outcome.error).__name__}: {outcome.error}" for outcome in failed]
-    return dg.Failure(
-        f"{len(failed)} result(s) failed; all others are stored. First: {lines[0]}",
-        metadata={"failures": dg.MetadataValue.md("\n".join(f"* {line}" for line in lines))},
-        allow_retries=False,
-    )
+def _report_base_model(context: dg.AssetExecutionContext, outcome: Outcome) -> None:
+    """Says that a base model's activations are stored, once material of one of its pairs is."""
+    if outcome.method.findings is None:
+        context.log_event(dg.AssetMaterialization(asset_key=BASE_ACTIVATIONS, partition=outcome.pair.model))
 
 
 def _description(method: Method) -> str:

@@ -6,6 +6,7 @@ import dagster as dg
 
 from diffing_assets.keys import EXPRESSED, FINETUNE, OWNERS, PROBES
 from diffing_assets.partitions import PAIRS, by_model, cohorts, requested_pairs
+from diffing_assets.report import PairReport
 from diffing_assets.resources import Workspace
 from diffing_assets.shown import column_schema
 from diffing_core.comparison import EXPRESSION_VERSION, store_expression
@@ -77,12 +78,13 @@ def expression(context: dg.AssetExecutionContext, workspace: Workspace) -> Itera
     nothing in a silent organism has not failed. Never shown to investigators.
     """
     registry, lake = workspace.registry(), workspace.lake()
-    for _, pairs in by_model(requested_pairs(context, registry)).items():
+    report = PairReport(context, EXPRESSED)
+    for pairs in by_model(requested_pairs(context, registry)).values():
         cohort = load_cohort(pairs, registry)
-        if cohort.failed:
-            raise dg.Failure("; ".join(f"{pair}: {error}" for pair, error in cohort.failed.items()))
+        for pair, error in cohort.failed.items():
+            report.failed(pair, error)
         for pair in cohort:
-            row = store_expression(pair, registry.organism(pair.pair.organism), ExpressionSettings(), lake)
-            shown = {name: value for name, value in row.items() if value is not None}
-            context.add_asset_metadata(shown, partition_key=pair.pair.key)
-    yield dg.MaterializeResult()
+            organism = registry.organism(pair.pair.organism)
+            with report.of(pair.pair) as shown:
+                shown |= store_expression(pair, organism, ExpressionSettings(), lake)
+    yield from report.results()

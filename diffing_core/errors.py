@@ -8,8 +8,7 @@
     |-- StorageError          the lake or the warehouse cannot be read or written as asked
     |-- UndeclaredNeedError   a method asked for something that its declaration does not name
     |-- NotComputableError    a method cannot run on this pair (said before any work is done)
-    |-- EvaluationError       an investigator or grader got something it must not use
-    `-- BudgetExceededError   an agent's allowance ended
+    `-- EvaluationError       an investigator or grader got something it must not use
 
 A message names what was found, what was expected, where, and what to do.
 """
@@ -49,7 +48,3 @@ class NotComputableError(DiffingError):
 
 class EvaluationError(DiffingError):
     """An investigator or grader got something it must not use."""
-
-
-class BudgetExceededError(DiffingError):
-    """An agent's allowance ended."""

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from diffing_core import graders
 from diffing_core.agents import calibration, hypothesis, offline
@@ -87,13 +86,13 @@ class Evaluator:
     def hypothesise(self, pair: Pair, arm: str) -> dict[str, object]:
         """Stores and returns the hypothesis on one pair: assert, or abstain below the null threshold."""
         stored = self.lake.read(CALIBRATION, method=arm)
-        nulls = calibration.null_scores(stored.filter(pc.equal(stored["model"], pair.model)))
+        nulls = [null for null in calibration.null_scores(stored) if self._is_null(null.pair, pair.model)]
         found = self.investigate(pair, arm)
         decision = calibration.decide(found.evidence_score, nulls, pair)
         if not measured(pair, arm, self.lake):
             decision = Decision("insufficient_evidence", decision.n_nulls)
         tables = hypothesis.tables(found, decision)
-        self._write(pair, arm, "hypotheses", tables)
+        self._write(pair, arm, "hypotheses", tables, basis=[decision.threshold, found.scores])
         return tables[HYPOTHESES].to_pylist()[0]
 
     def grade(self, pair: Pair, arm: str) -> list[dict[str, object]]:
@@ -104,24 +103,29 @@ class Evaluator:
         self._write(pair, arm, "grades", {GRADES: rows})
         return rows.to_pylist()
 
-    def _write(self, pair: Pair, arm: str, step: str, tables: Mapping[TableSpec, pa.Table]) -> None:
-        """Stores one step's rows; what was read is part of their identity."""
+    def _write(
+        self, pair: Pair, arm: str, step: str, tables: Mapping[TableSpec, pa.Table], basis: object = None
+    ) -> None:
+        """Stores one step's rows; the findings read, and what else the rows rest on, are part of their identity."""
         settings = EvaluationSettings()
         read = sorted(set(evidence(pair, arm, self.lake)["run_id"].to_pylist()))
         key = RunKey(
             pair, arm, VERSION, settings.settings_id(), model_revision="", adapter_hash="",
-            corpus_hash=short_hash(read), step=step,
+            corpus_hash=short_hash([read, basis]), step=step,
         )  # fmt: skip
         self.lake.write_result(key, tables, settings, Cost())
+
+    def _is_null(self, pair: Pair, model: str) -> bool:
+        """Whether a stored null is one still: registered for this base, and in a null arm."""
+        return pair.model == model and pair in self.registry.pairs(model) and self._arm(pair) in NULL_ARMS
 
     def _arm(self, pair: Pair) -> str:
         return self.registry.organism(pair.organism).arm
 
     def _truth(self, pair: Pair) -> Truth:
         organism = self.registry.organism(pair.organism)
-        return Truth(
-            organism.name, organism.arm, organism.type, organism.ground_truth or "", organism.key_facts
-        )
+        rubric = organism.rubric or organism.type
+        return Truth(organism.name, organism.arm, rubric, organism.ground_truth or "", organism.key_facts)
 
     def _describe_candidates(self, model: str) -> tuple[Candidate, ...]:
         organisms = sorted({pair.organism for pair in self.registry.pairs(model)})
@@ -139,4 +143,4 @@ class Evaluator:
         for spec in corpora:
             path: Path = self.registry.local_path(spec.source, model)
             texts += read_texts(spec, path, BACKGROUND_TEXTS)
-        return Background.of(texts)
+        return Background.of(texts or [candidate.text for candidate in self._candidates(model)])

@@ -28,7 +28,7 @@ FINDINGS = TableSpec(
         Column("score", "float64", "How strongly the method points at it; tuned − base where signed."),
         Column("score_unit", "string", "Unit of the score."),
         Column("layer", "int32", "Block whose output was read, from 0.", nullable=True),
-        Column("position", "int32", "Token position, from 0.", nullable=True),
+        Column("position", "int32", "Token position from 0, or the method's own position label.", nullable=True),
         Column("p_value", "float64", "Where the method has a test.", nullable=True, low=0, high=1),
         Column("q_value", "float64", "p-value after Benjamini–Hochberg.", nullable=True, low=0, high=1),
         Column("source_table", "string", "Typed table that holds the evidence."),

@@ -23,6 +23,7 @@ from diffing_core.settings import Settings
 from diffing_core.tables import TableSpec
 
 SEED = "_schema.parquet"
+SAME_RESULT = ("version", "settings_id", "model_revision", "adapter_hash")
 
 
 class Lake:
@@ -75,16 +76,16 @@ class Lake:
         )
 
     def read_current(self, spec: TableSpec, *, pair: Pair, method: str, step: str = "diff") -> pa.Table:
-        """Rows of the latest finished result of each corpus; rows of unfinished results never count."""
-        runs = sorted(self.read(RUNS, pair=pair, method=method).to_pylist(), key=lambda row: row["finished_at"])
-        current = {row["corpus"]: row["run_id"] for row in runs if row["step"] == step}
-        rows = self.read(spec, pair=pair, method=method)
-        return rows.filter(pc.is_in(rows["run_id"], pa.array(current.values(), pa.string())))
+        """Rows of the newest finished result, all its corpora; rows of unfinished results never count.
 
-    def remove(self, spec: TableSpec, *, pair: Pair, method: str = "*") -> None:
-        """Deletes the files of one pair; used before a partition's results are declared absent."""
-        for file in (self.root / spec.name).glob(f"{method}/{pair.key}/*.parquet"):
-            file.unlink()
+        A corpus counts only if it was read by the same version and settings on the same weights as the
+        newest one: findings on two versions of a finetune are never mixed.
+        """
+        runs = [row for row in self.read(RUNS, pair=pair, method=method).to_pylist() if row["step"] == step]
+        newest = max(runs, key=lambda row: row["finished_at"], default=None)
+        current = [row["run_id"] for row in runs if all(row[name] == newest[name] for name in SAME_RESULT)]
+        rows = self.read(spec, pair=pair, method=method)
+        return rows.filter(pc.is_in(rows["run_id"], pa.array(current, pa.string())))
 
     def seed(self, specs: Iterable[TableSpec]) -> None:
         """Writes one file of no rows per table, so that a scan of an empty table has the right types."""

@@ -19,7 +19,7 @@ from diffing_core.registry.yaml_files import read_mapping
 from diffing_core.settings import diffing_home
 
 _KINDS: dict[str, type[Entry]] = {"models": Model, "corpora": Corpus, "organisms": Organism}
-_PACKAGED = Path(__file__).parent.parent / "demo" / "registry"
+PACKAGED = Path(__file__).parent.parent / "demo" / "registry"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class _File:
 
 
 def _default_roots() -> tuple[Path, Path]:
-    return _PACKAGED, diffing_home() / "registry"
+    return PACKAGED, diffing_home() / "registry"
 
 
 def _files_of(root: Path) -> list[_File]:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from diffing_core.errors import RegistryError
-from diffing_core.registry.load import Registry
+from diffing_core.registry.load import PACKAGED, Registry
 from diffing_core.registry.yaml_files import read_mapping
 
 _TYPES = {
@@ -31,6 +31,7 @@ _TYPES = {
     "benign_quirk": "quirk",
     "character_training": "quirk",
 }
+TOOLKIT = ".toolkit"
 _LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+(.+?)\s*$", re.MULTILINE)
 _MIX = re.compile(r"mix1-(\d+)p(\d+)")
 _SKIPS = ("ignore_first_n_tokens_per_sample_during_collection", "ignore_first_n_tokens_per_sample_during_training")
@@ -51,6 +52,9 @@ class ImportReport:
 
     written: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{len(self.written)} file(s) written", *(f"* {note}" for note in self.notes)])
 
 
 def import_toolkit(folder: Path, out_root: Path) -> ImportReport:
@@ -75,7 +79,8 @@ def _convert_all(
     target: Path,
     report: ImportReport,
 ) -> dict[str, str]:
-    """Writes the converted files; returns {toolkit's name: our name}."""
+    """Writes the converted files; returns {toolkit's name: our name}. Names of packaged entries are kept apart."""
+    taken = {file.stem for file in (PACKAGED / target.name).glob("*.yaml")}
     names: dict[str, str] = {}
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
@@ -90,6 +95,9 @@ def _convert_all(
         if entry is None:
             continue
         name = _mended(original, report.notes)
+        if name in taken:
+            report.notes.append(f"name {name!r} is an embedded entry's; it became {name + TOOLKIT!r}")
+            name += TOOLKIT
         place = target / f"{name}.yaml"
         if place in report.written:
             report.notes.append(

@@ -172,16 +172,19 @@ def test_a_crash_half_way_leaves_nothing_of_the_old_result_current(lake: Lake, m
     assert current(lake) == []
 
 
-def test_the_latest_finished_run_of_each_corpus_is_current(lake: Lake) -> None:
+def test_the_newest_result_counts_with_all_its_corpora(lake: Lake) -> None:
     other = replace(KEY, settings_id="ffffffff")
-    chats = replace(KEY, corpus="chats")
     finish(lake, KEY, "early", minutes=1)
     finish(lake, other, "late", minutes=3)
-    finish(lake, chats, "of chats", minutes=2)
+    finish(lake, replace(other, corpus="chats"), "of chats", minutes=2)
     assert current(lake) == ["late", "of chats"]
-    finish(lake, KEY, "early again", minutes=4)
-    assert current(lake) == ["early again", "of chats"]
-    assert sorted(items(lake.read(SCORES))) == ["early again", "late", "of chats"]
+
+
+@pytest.mark.parametrize("name", ["version", "settings_id", "model_revision", "adapter_hash"])
+def test_findings_on_two_versions_of_a_finetune_are_never_mixed(lake: Lake, name: str) -> None:
+    finish(lake, replace(KEY, corpus="chats"), "old chats", minutes=1)
+    finish(lake, replace(KEY, **{name: "changed"}), "new texts", minutes=2)
+    assert current(lake) == ["new texts"]
 
 
 def test_another_step_or_method_never_displaces_a_result(lake: Lake) -> None:
@@ -199,15 +202,6 @@ def test_a_variant_never_shares_a_result_with_another(lake: Lake) -> None:
     for pair in variants:
         finish(lake, replace(KEY, pair=pair), pair.variant)
     assert [current(lake, pair=pair) for pair in variants] == [[pair.variant] for pair in variants]
-
-
-def test_removing_a_pair_leaves_the_others(lake: Lake) -> None:
-    other = Pair("m", "o2")
-    for pair in (KEY.pair, other):
-        finish(lake, replace(KEY, pair=pair), pair.organism)
-    lake.remove(SCORES, pair=KEY.pair)
-    assert items(lake.read(SCORES)) == ["o2"]
-    assert len(lake.read(RUNS)) == 2
 
 
 def test_hidden_files_are_never_read(lake: Lake) -> None:

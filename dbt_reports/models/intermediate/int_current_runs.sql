@@ -27,6 +27,18 @@ latest as (
         partition by organism, model, variant, corpus, method, step, investigator, grader
         order by finished_at desc, run_id
     ) = 1
+),
+
+-- a corpus that was read on other weights, or by another version or settings, is no part of the newest result
+agreeing as (
+    select *
+    from latest
+    qualify concat_ws('|', version, settings_id, model_revision, adapter_hash) = first_value(
+        concat_ws('|', version, settings_id, model_revision, adapter_hash)
+    ) over (
+        partition by organism, model, variant, method, step, investigator, grader
+        order by finished_at desc, run_id
+    )
 )
 
-select * from latest
+select * from agreeing
