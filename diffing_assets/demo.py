@@ -5,7 +5,10 @@ DIFFING_HOME, so that the web UI afterwards shows each run and materialization.
 """
 
 import logging
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -16,6 +19,7 @@ from diffing_assets.keys import CALIBRATED, EXPRESSED, SITE, diff_key, grade_key
 from diffing_assets.launch import backfill, run
 from diffing_assets.partitions import sync_partitions
 from diffing_core import demo
+from diffing_core.demo.progress import Progress
 from diffing_core.errors import StorageError
 from diffing_core.evaluation import evidence_arms
 from diffing_core.lake import Lake
@@ -35,7 +39,8 @@ def run_demo(tier: str) -> bool:
     packages = threading.Thread(target=_prefetch, args=(home,), daemon=True)
     packages.start()
     logger.info("embedded organisms, tier %s: training what is missing", tier)
-    demo.build(tier, home / "demo")
+    with training_bars() as bars:
+        demo.build(tier, home / "demo", progress=bars)
     registry = load_registry()
     pairs = [pair for pair in registry.pairs() if registry.is_available(pair)]
     with open_instance() as instance:
@@ -48,6 +53,29 @@ def run_demo(tier: str) -> bool:
         packages.join()
         reported = run(server, "marts and site", _reports())
     return compared and evaluated and reported
+
+
+@contextmanager
+def training_bars() -> Iterator[Callable[[Progress], None] | None]:
+    """A bar per training in a terminal; elsewhere None, and the build logs lines with rate and remaining time."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def show(progress: Progress) -> None:
+        name = progress.artifact
+        if name not in bars:
+            bars[name] = tqdm(total=progress.n_steps, unit=" steps", desc=name)
+        bar = bars[name]
+        bar.set_postfix(loss=f"{progress.loss_nats:.2f}", refresh=False)
+        bar.update(progress.step - bar.n)
+
+    yield show
+    for bar in bars.values():
+        bar.close()
 
 
 def _comparisons() -> list[dg.AssetKey]:

@@ -54,10 +54,28 @@ def gpu_slots() -> int:
     return 1 if shutil.which("nvidia-smi") else os.cpu_count() or 1
 
 
-def dev_command(port: int) -> list[str]:
-    """Webserver, daemon and code server of this project on the loopback address."""
+def start_server(port: int, output: Any = None) -> subprocess.Popen:
+    """Webserver, daemon and code server of this project on the loopback address, in a session of their own.
+
+    Default signal handlers are restored: started from a script, the processes would otherwise inherit
+    ignored signals and could not be stopped.
+    """
     dagster = Path(sys.executable).with_name("dagster")
-    return [str(dagster), "dev", "-w", str(ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
+    command = [str(dagster), "dev", "-w", str(ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
+    return subprocess.Popen(
+        command, env=environment(), stdout=output, stderr=output and subprocess.STDOUT, cwd=ROOT,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def stop_server(process: subprocess.Popen) -> None:
+    """Ends the server and its children."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class Server:
@@ -98,25 +116,17 @@ class Server:
 
 @contextmanager
 def running_server() -> Iterator[Server]:
-    """Starts a server on a free port and stops it, children too, at the end.
-
-    It gets its own session and default signal handlers: started from a script otherwise it would inherit
-    ignored signals and could not be stopped.
-    """
+    """Starts a server on a free port and stops it, children too, at the end."""
     port = free_port()
     log = dagster_home() / "server.log"
     with log.open("w") as output:
-        process = subprocess.Popen(
-            dev_command(port), env=environment(), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
-            start_new_session=True, restore_signals=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+        process = start_server(port, output)
         try:
             server = Server(port)
             _wait_until_loaded(server, process, log)
             yield server
         finally:
-            _stop(process)
+            stop_server(process)
 
 
 def free_port() -> int:
@@ -135,12 +145,3 @@ def _wait_until_loaded(server: Server, process: subprocess.Popen, log: Path) -> 
             return
         time.sleep(0.5)
     raise DiffingError(f"the Dagster server did not load the definitions in {START_LIMIT_S} s; see {log}")
-
-
-def _stop(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        process.wait(STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

@@ -3,14 +3,16 @@
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import dagster as dg
 
 from diffing_assets.instance import Server
 from diffing_core.errors import DiffingError
+from diffing_core.progress import track
 
 POLL_S = 2.0
-SAY_EVERY_S = 15.0
+FINAL = ("SUCCESS", "FAILURE", "CANCELED")
 ENDED = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "FAILED", "CANCELED")
 LOCATION = {"repositoryName": "__repository__", "repositoryLocationName": "diffing"}
 logger = logging.getLogger(__name__)
@@ -27,7 +29,16 @@ mutation($params: LaunchBackfillParams!) {
 BACKFILL_STATUS = """
 query($id: String!) {
   partitionBackfillOrError(backfillId: $id) {
-    ... on PartitionBackfill { status error { message } runs(limit: 1000) { runId status } }
+    ... on PartitionBackfill {
+      status
+      assetBackfillData {
+        assetBackfillStatuses {
+          ... on AssetPartitionsStatusCounts {
+            numPartitionsTargeted numPartitionsMaterialized numPartitionsFailed
+          }
+        }
+      }
+    }
   }
 }"""
 RUN = """
@@ -53,17 +64,15 @@ def backfill(server: Server, what: str, keys: Sequence[dg.AssetKey], partitions:
     launched = server.ask(BACKFILL, {"params": params})["launchPartitionBackfill"]
     if launched["__typename"] != "LaunchBackfillSuccess":
         raise DiffingError(f"Dagster did not accept the backfill {what!r}: {launched.get('message', launched)}")
-    began = said = time.monotonic()
-    while True:
-        state = server.ask(BACKFILL_STATUS, {"id": launched["backfillId"]})["partitionBackfillOrError"]
-        counts = _counts([run["status"] for run in state["runs"]])
-        if state["status"] in ENDED:
-            break
-        if time.monotonic() - said > SAY_EVERY_S:
-            said = time.monotonic()
-            logger.info("%s: %d partitions, runs %s, %.0f s", what, len(partitions), counts, said - began)
-        time.sleep(POLL_S)
-    logger.info("%s: %s after %.0f s, runs %s", what, state["status"].lower(), time.monotonic() - began, counts)
+    began = time.monotonic()
+    seen = 0
+    with track(len(keys) * len(partitions), "materializations", what) as done:
+        while (state := _backfill_state(server, launched["backfillId"]))["status"] not in ENDED:
+            done(_finished(state) - seen)
+            seen = _finished(state)
+            time.sleep(POLL_S)
+        done(_finished(state) - seen)
+    logger.info("%s: %s after %.0f s", what, state["status"].lower(), time.monotonic() - began)
     return state["status"] in ("COMPLETED", "COMPLETED_SUCCESS")
 
 
@@ -76,15 +85,17 @@ def run(server: Server, what: str, keys: Sequence[dg.AssetKey]) -> bool:
         raise DiffingError(f"Dagster did not accept the run {what!r}: {launched}")
     began = time.monotonic()
     run_id = launched["run"]["runId"]
-    while (status := server.ask(RUN_STATUS, {"id": run_id})["runOrError"]["status"]) not in _FINAL:
+    while (status := server.ask(RUN_STATUS, {"id": run_id})["runOrError"]["status"]) not in FINAL:
         time.sleep(POLL_S)
     logger.info("%s: %s after %.0f s", what, status.lower(), time.monotonic() - began)
     return status == "SUCCESS"
 
 
-_FINAL = ("SUCCESS", "FAILURE", "CANCELED")
+def _backfill_state(server: Server, backfill_id: str) -> dict[str, Any]:
+    return server.ask(BACKFILL_STATUS, {"id": backfill_id})["partitionBackfillOrError"]
 
 
-def _counts(statuses: Sequence[str]) -> str:
-    found = {status: statuses.count(status) for status in sorted(set(statuses))}
-    return ", ".join(f"{count} {status.lower()}" for status, count in found.items()) or "not started"
+def _finished(state: dict[str, Any]) -> int:
+    """Materializations that have succeeded or failed so far; nothing is known before the daemon's first look."""
+    counted = (state["assetBackfillData"] or {}).get("assetBackfillStatuses", [])
+    return sum(each["numPartitionsMaterialized"] + each["numPartitionsFailed"] for each in counted if each)

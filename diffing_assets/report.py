@@ -10,8 +10,8 @@ from typing import Any
 
 import dagster as dg
 
-from diffing_core.pairs import Pair
 from diffing_core.paired_pass import METHOD_FAILURES
+from diffing_core.pairs import Pair
 
 
 class PairReport:

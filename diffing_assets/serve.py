@@ -3,11 +3,10 @@
 import http.server
 import logging
 import signal
-import subprocess
 import threading
 from functools import partial
 
-from diffing_assets.instance import ROOT, dev_command, environment
+from diffing_assets.instance import start_server, stop_server
 from diffing_core.settings import diffing_home
 
 logger = logging.getLogger(__name__)
@@ -22,9 +21,9 @@ def serve(port: int, site_port: int) -> None:
     else:
         logger.warning("no report yet: %s does not exist; it is built by `make demo`", site)
     logger.info("web UI: http://127.0.0.1:%d", port)
-    process = subprocess.Popen(dev_command(port), env=environment(), cwd=ROOT)
+    process = start_server(port)
     for received in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(received, lambda *_: process.send_signal(signal.SIGINT))
+        signal.signal(received, lambda *_: stop_server(process))
     process.wait()
 
 

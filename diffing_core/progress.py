@@ -37,8 +37,7 @@ class _Lines:
             return
         self._said = now
         rate = self._done / max(now - self._began, 1e-9)
-        left_s = (self._total - self._done) / max(rate, 1e-9)
+        left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "just begun"
         logger.info(
-            "%s: %d of %d %s, %.0f %s/s, %.0f s left",
-            self._what, self._done, self._total, self._unit, rate, self._unit, left_s,
-        )  # fmt: skip
+            "%s: %d of %d %s, %.3g %s/s, %s", self._what, self._done, self._total, self._unit, rate, self._unit, left
+        )
