@@ -39,5 +39,5 @@ class _Lines:
         rate = self._done / max(now - self._began, 1e-9)
         left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "just begun"
         logger.info(
-            "%s: %d of %d %s, %.3g %s/s, %s", self._what, self._done, self._total, self._unit, rate, self._unit, left
+            "%s: %d of %d %s, %.1f %s/s, %s", self._what, self._done, self._total, self._unit, rate, self._unit, left
         )

@@ -41,8 +41,8 @@ def test_long_work_is_told_with_rate_and_remaining_time(
         for amount in (20, 35, 5, 40):
             done(amount)
     assert said.messages == [
-        "reading: 55 of 100 tokens, 5 tokens/s, 9 s left",
-        "reading: 100 of 100 tokens, 5 tokens/s, 0 s left",
+        "reading: 55 of 100 tokens, 5.0 tokens/s, 9 s left",
+        "reading: 100 of 100 tokens, 5.0 tokens/s, 0 s left",
     ]
 
 
