@@ -4,7 +4,7 @@
 
 A file belongs to a model state, not to a pair, so the base's activations are written once and shared by
 all its organisms. Vectors are fixed-size binary in the model's own dtype: bf16 survives bit by bit at
-2 bytes a value, nothing overflows, and reading runs at the speed of a raw memory map (list columns were
+2 bytes a value, nothing overflows, and reading stays near a raw memory map's rate (list columns were
 an order of magnitude slower, `make bench`).
 """
 

@@ -100,7 +100,7 @@ class AdlFold:
             for sums_RD, values_ND in zip(
                 self._sums[layer], (block.difference(layer), block.base.residual(layer).float()), strict=True
             ):
-                sums_RD[0] += values_ND.sum(0, dtype=torch.float64).cpu()
+                sums_RD[0] += values_ND.sum(0).double().cpu()
                 sums_RD.index_add_(0, target_N, values_ND[chosen_N].cpu().double())
 
     def finish(self) -> Tables:

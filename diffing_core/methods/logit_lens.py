@@ -24,6 +24,7 @@ from diffing_core.sampling import sampled
 from diffing_core.settings import Settings
 from diffing_core.tables import Column, TableSpec
 
+READ_TOGETHER = 2**20  # log-probabilities held at a time
 SCALARS = ("kl_nats", "cross_kl_nats", "argmax_differs", "delta_logprob", "with_next")
 VECTORS = ("base_probability", "tuned_probability", "delta_logprob")
 
@@ -82,24 +83,28 @@ class LogitLensFold:
         self._settings = settings
         self._share = min(1.0, settings.max_tokens / context.corpus.n_tokens)
         self._n_tokens = 0
+        self._rows_together = max(16, READ_TOGETHER // context.vocab_size)
+        self._pending: list[tuple[dict[int, tuple[Any, Any]], Any]] = []
         self._scalars = {layer: dict.fromkeys(SCALARS, 0.0) for layer in self.layers}
         self._vectors = {
             layer: {name: np.zeros(context.vocab_size) for name in VECTORS} for layer in self.layers
         }
 
     def update(self, block: TokenBlock) -> None:
-        """Adds the sampled tokens of a block, at every layer."""
+        """Keeps the sampled tokens of a block, and reads them once there are enough for an efficient product."""
         rows_N = np.flatnonzero(sampled(block.sequence_N, block.position_N, self._share))
         if not len(rows_N):
             return
-        self._n_tokens += len(rows_N)
-        next_N = block.next_N[rows_N]
-        for layer in self.layers:
-            base_NV, tuned_NV, cross_NV = self._read(block, layer, rows_N)
-            self._add(layer, base_NV, tuned_NV, cross_NV, next_N)
+        states = {
+            layer: (block.base.residual(layer)[rows_N], block.tuned.residual(layer)[rows_N]) for layer in self.layers
+        }
+        self._pending.append((states, block.next_N[rows_N]))
+        if sum(len(next_N) for _, next_N in self._pending) >= self._rows_together:
+            self._read_pending()
 
     def finish(self) -> Tables:
         """The two tables."""
+        self._read_pending()
         layers = [self._layer_row(layer) for layer in self.layers]
         tokens = [row for layer in self.layers for row in self._token_rows(layer)]
         return {
@@ -107,14 +112,20 @@ class LogitLensFold:
             TOKENS.name: TOKENS.table({name: [row[name] for row in tokens] for name in TOKENS.schema.names}),
         }
 
-    def _read(self, block: TokenBlock, layer: int, rows_N: np.ndarray) -> tuple[Any, Any, Any]:
-        size = self._context.vocab_size
-        base_ND, tuned_ND = (side.residual(layer)[rows_N] for side in (block.base, block.tuned))
-        readings = (
-            (self._context.base, base_ND),
-            (self._context.tuned, tuned_ND),
-            (self._context.base, tuned_ND),
-        )
+    def _read_pending(self) -> None:
+        if not self._pending:
+            return
+        next_N = torch.cat([following for _, following in self._pending])
+        self._n_tokens += len(next_N)
+        for layer in self.layers:
+            base_ND, tuned_ND = (torch.cat([states[layer][side] for states, _ in self._pending]) for side in (0, 1))
+            self._add(layer, *self._read(layer, base_ND, tuned_ND), next_N)
+        self._pending = []
+
+    def _read(self, layer: int, base_ND: Any, tuned_ND: Any) -> tuple[Any, Any, Any]:
+        """log p through base's head, tuned's head, and of the tuned residual through the base's head."""
+        base, tuned, size = self._context.base, self._context.tuned, self._context.vocab_size
+        readings = ((base, base_ND), (tuned, tuned_ND), (base, tuned_ND))
         return tuple(Side({layer: state_ND}, layer, subject.readout, size).logprobs() for subject, state_ND in readings)
 
     def _add(self, layer: int, base_NV: Any, tuned_NV: Any, cross_NV: Any, next_N: Any) -> None:
