@@ -68,9 +68,14 @@ def start_server(port: int, output: Any = None) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def stop_server(process: subprocess.Popen) -> None:
-    """Ends the server and its children."""
+def interrupt_server(process: subprocess.Popen) -> None:
+    """Asks the server and its children to end; safe in a signal handler, since it does not wait."""
     os.killpg(process.pid, signal.SIGINT)
+
+
+def stop_server(process: subprocess.Popen) -> None:
+    """Ends the server and its children, and waits for them."""
+    interrupt_server(process)
     try:
         process.wait(STOP_LIMIT_S)
     except subprocess.TimeoutExpired:

@@ -6,7 +6,7 @@ import signal
 import threading
 from functools import partial
 
-from diffing_assets.instance import start_server, stop_server
+from diffing_assets.instance import interrupt_server, start_server
 from diffing_core.settings import diffing_home
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def serve(port: int, site_port: int) -> None:
     logger.info("web UI: http://127.0.0.1:%d", port)
     process = start_server(port)
     for received in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(received, lambda *_: stop_server(process))
+        signal.signal(received, lambda *_: interrupt_server(process))
     process.wait()
 
 
