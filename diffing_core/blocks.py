@@ -1,13 +1,13 @@
 """A block of probe tokens with what base and tuned say about each of them.
 
-The paired pass cuts the valid tokens of a batch into blocks small enough for the processor's cache and
-hands each block to every fold. Log-probabilities are computed when the first fold asks and shared with
-the rest; nothing of shape [tokens, vocabulary] outlives its block.
+The paired pass cuts the valid tokens of a batch into blocks. Logits are computed for a block as a whole, which
+the head's product likes, and shown in tiles that fit in a core's cache, which everything after it likes; what one fold derives of a tile is shared with the rest. Nothing of shape [tokens, vocabulary] outlives
+its block.
 
 Suffixes: N tokens of the block, D width, V vocabulary, K top-k.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffing_core.corpus import ProbeCorpus
+from diffing_core.elementwise import exp
 from diffing_core.errors import UndeclaredNeedError
 from diffing_core.lazy import torch
 
@@ -79,19 +80,44 @@ class Side:
         self._last_layer = last_layer
         self._readout = readout
         self._vocab_size = vocab_size
+        self._logits: dict[int, Any] = {}
         self._logprobs: dict[int, Any] = {}
+
+    def cut(self, rows: slice) -> "Side":
+        """The same view of some of the rows; logits that are computed already are not computed again."""
+        residuals = {layer: state_ND[rows] for layer, state_ND in self._residuals.items()}
+        piece = Side(residuals, self._last_layer, self._readout, self._vocab_size)
+        piece._logits = {layer: logit_NV[rows] for layer, logit_NV in self._logits.items()}
+        return piece
+
+    def cooled(self, temperature: float) -> "Side":
+        """This view with the final logits divided by a temperature."""
+        view = Side({}, self._last_layer, self._readout, self._vocab_size)
+        view._logits = {self._last_layer: self.logits().float() / temperature}
+        return view
 
     def residual(self, layer: int) -> Any:
         """Output of block `layer`, [N, D], in the model's dtype."""
         return self._residuals[layer]
 
+    def logits(self, layer: int | None = None) -> Any:
+        """Logits through this model's own norm and head, [N, V] in its own dtype; None = final."""
+        at = self._last_layer if layer is None else layer
+        if at not in self._logits:
+            self._logits[at] = self._readout(self._residuals[at])[:, : self._vocab_size]
+        return self._logits[at]
+
     def logprobs(self, layer: int | None = None) -> Any:
         """log p(next token) through this model's own norm and head, float32 [N, V]; None = final."""
         at = self._last_layer if layer is None else layer
         if at not in self._logprobs:
-            logits = self._readout(self._residuals[at])[:, : self._vocab_size].float()
-            self._logprobs[at] = torch.log_softmax(logits, dim=-1)
+            self._logprobs[at] = torch.log_softmax(self.logits(at).float(), dim=-1)
         return self._logprobs[at]
+
+    @cached_property
+    def probability_NV(self) -> Any:
+        """p(next token), float32 [N, V]."""
+        return exp(self.logprobs())
 
 
 @dataclass(frozen=True)
@@ -124,16 +150,27 @@ class TokenBlock:
         """log p_tuned − log p_base, float32 [N, V]; free of the arbitrary offset of raw logits."""
         return self.tuned.logprobs() - self.base.logprobs()
 
-    @cached_property
-    def tuned_probability_NV(self) -> Any:
-        """p_tuned, float32 [N, V]."""
-        return self.tuned.logprobs().exp()
-
-    @cached_property
-    def base_probability_NV(self) -> Any:
-        """p_base, float32 [N, V]."""
-        return self.base.logprobs().exp()
-
     def difference(self, layer: int) -> Any:
         """δ = tuned − base at a layer, float32 [N, D]: subtracted after the cast, never in bf16."""
         return self.tuned.residual(layer).float() - self.base.residual(layer).float()
+
+
+def tiles(blocks: Mapping[Any, TokenBlock], rows_together: int) -> Iterator[dict[Any, TokenBlock]]:
+    """Cuts blocks of the same tokens alike, so that sides in common stay in common."""
+    n_tokens = len(next(iter(blocks.values())))
+    for start in range(0, n_tokens, rows_together):
+        rows = slice(start, start + rows_together)
+        sides = {id(side): side.cut(rows) for block in blocks.values() for side in (block.base, block.tuned)}
+        yield {
+            key: TokenBlock(
+                block.token_N[rows],
+                block.next_N[rows],
+                block.sequence_N[rows],
+                block.position_N[rows],
+                block.role_N[rows],
+                block.template_N[rows],
+                sides[id(block.base)],
+                sides[id(block.tuned)],
+            )
+            for key, block in blocks.items()
+        }

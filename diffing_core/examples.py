@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from diffing_core.blocks import StreamContext, TokenBlock
+from diffing_core.blocks import StreamContext
 from diffing_core.tables import Column, Role, TableSpec
 
 RANKINGS = ("max", "mean")
@@ -74,14 +74,14 @@ class TopExamples:
         self._first_position = 0
         self._open: list[np.ndarray] = []
 
-    def add(self, block: TokenBlock, value_GN: np.ndarray) -> None:
+    def add(self, sequence_N: np.ndarray, position_N: np.ndarray, value_GN: np.ndarray) -> None:
         """Adds the values of N tokens in every group, float32."""
-        starts = np.flatnonzero(np.diff(block.sequence_N, prepend=-1))
-        for begin, end in itertools.pairwise([*starts.tolist(), len(block)]):
-            if block.sequence_N[begin] != self._sequence:
+        starts = np.flatnonzero(np.diff(sequence_N, prepend=-1))
+        for begin, end in itertools.pairwise([*starts.tolist(), len(sequence_N)]):
+            if sequence_N[begin] != self._sequence:
                 self._close()
-                self._sequence = int(block.sequence_N[begin])
-                self._first_position = int(block.position_N[begin])
+                self._sequence = int(sequence_N[begin])
+                self._first_position = int(position_N[begin])
             self._open.append(value_GN[:, begin:end])
 
     def table(self, spec: TableSpec, context: StreamContext, groups: Mapping[str, Sequence[Any]]) -> pa.Table:

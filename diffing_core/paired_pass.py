@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffing_core.activations import ActivationStore
-from diffing_core.blocks import Side, StreamContext, TokenBlock
+from diffing_core.blocks import Side, StreamContext, TokenBlock, tiles
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
 from diffing_core.errors import DiffingError
@@ -28,7 +28,9 @@ from diffing_core.runs import Cost
 from diffing_core.settings import Settings
 
 TOKENS_PER_BATCH = 4096
-LOGPROBS_PER_BLOCK = 2**20
+LOGPROBS_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}  # values of one side: enough rows for an efficient head
+LOGPROBS_PER_TILE = {"cpu": 2**17, "cuda": 2**26}  # a dozen arrays of this size stay in a core's cache
+LEAST_BLOCK_ROWS = 64  # for large vocabularies: the head's weights are read once per block
 METHOD_FAILURES = (DiffingError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError)
 logger = logging.getLogger(__name__)
 
@@ -135,19 +137,40 @@ def _feed(
 ) -> None:
     """Shows every block of the corpus to every fold."""
     layers = sorted({layer for each in running for layer in each.layers} | _last_layer_if_wanted(running))
-    wants_logprobs = any(Need.LOGPROBS in each.method.needs for each in running)
+    readers = [each for each in running if Need.LOGPROBS in each.method.needs]
+    others = [each for each in running if Need.LOGPROBS not in each.method.needs]
+    tile_rows = max(1, LOGPROBS_PER_TILE[_device_type(pairs)] // _vocabulary(pairs))
     with torch.inference_mode(), track(sum(map(len, corpus.sequences)), "tokens", f"paired pass, {corpus.name}") as done:
         for batch in corpus.batches(tokens_per_batch):
             with shared:
                 states = _forward_all(pairs, batch, layers)
-            for pair, block in _blocks(pairs, states, batch, corpus):
-                if wants_logprobs:
+            for blocks in _blocks(pairs, states, batch, corpus):
+                _show(blocks, others)
+                if readers:
                     with shared:
-                        block.base.logprobs(), block.tuned.logprobs()
-                for each in running:
-                    if each.pair is pair:
-                        each.update(block)
+                        _read_out(blocks)
+                    for tile in tiles(blocks, tile_rows):
+                        _show(tile, readers)
             done(int(batch.mask_BT.sum()))
+
+
+def _show(blocks: Mapping[int, TokenBlock], running: Sequence[_Running]) -> None:
+    for each in running:
+        each.update(blocks[id(each.pair)])
+
+
+def _read_out(blocks: Mapping[int, TokenBlock]) -> None:
+    for block in blocks.values():
+        block.base.logits(), block.tuned.logits()
+
+
+def _device_type(pairs: Sequence[ModelPair]) -> str:
+    kind = pairs[0].base.device.type
+    return kind if kind in LOGPROBS_PER_BLOCK else "cpu"
+
+
+def _vocabulary(pairs: Sequence[ModelPair]) -> int:
+    return max(pair.common_vocab for pair in pairs)
 
 
 def _begin(
@@ -198,16 +221,15 @@ def _blocks(
     states: Mapping[int, Mapping[int, Any]],
     batch: TokenBatch,
     corpus: ProbeCorpus,
-) -> Iterator[tuple[ModelPair, TokenBlock]]:
-    """Cuts a batch into blocks; within a block every pair in turn, so that sides in common are shared."""
+) -> Iterator[dict[int, TokenBlock]]:
+    """Cuts a batch into blocks, {id(pair): block} with the same tokens in each; sides in common are shared."""
     facts = _token_facts(batch, corpus)
     kept = np.flatnonzero(facts["position_N"] >= corpus.skip_first_tokens)
-    step = max(16, LOGPROBS_PER_BLOCK // max(pair.common_vocab for pair in pairs))
+    step = max(LEAST_BLOCK_ROWS, LOGPROBS_PER_BLOCK[_device_type(pairs)] // _vocabulary(pairs))
     for start in range(0, len(kept), step):
         rows = kept[start : start + step]
         sides: dict[tuple[int, int], Side] = {}
-        for pair in pairs:
-            yield pair, _block(pair, states, facts, rows, sides)
+        yield {id(pair): _block(pair, states, facts, rows, sides) for pair in pairs}
 
 
 def _block(

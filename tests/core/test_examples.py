@@ -6,9 +6,8 @@ import duckdb
 import numpy as np
 import polars as pl
 import pytest
-import torch
 
-from diffing_core.blocks import StreamContext, TokenBlock
+from diffing_core.blocks import StreamContext
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.examples import TopExamples, examples_spec
 from diffing_core.tables import Column
@@ -44,13 +43,6 @@ def measured(seed: int, levels: int | None = None) -> dict[int, np.ndarray]:
     return {index: (np.ceil(each * levels) / levels if levels else each).astype(np.float32) for index, each in values.items()}
 
 
-def block(sequence_N: np.ndarray, position_N: np.ndarray) -> TokenBlock:
-    n = len(sequence_N)
-    return TokenBlock(
-        torch.zeros(n), torch.zeros(n), sequence_N, position_N, np.zeros(n, np.int8), np.zeros(n, bool), None, None
-    )
-
-
 def collected(
     values: dict[int, np.ndarray], per_group: int = 3, cuts: int = 0, skip: int = 0, arrival: tuple[int, ...] = ARRIVAL
 ) -> pl.DataFrame:
@@ -62,7 +54,7 @@ def collected(
     inner = np.random.default_rng(cuts).choice(np.arange(1, len(sequence_N)), cuts, replace=False).tolist()
     top = TopExamples(2, per_group)
     for begin, end in itertools.pairwise(sorted([0, *inner, len(sequence_N)])):
-        top.add(block(sequence_N[begin:end], position_N[begin:end]), value_GN[:, begin:end])
+        top.add(sequence_N[begin:end], position_N[begin:end], value_GN[:, begin:end])
     return pl.from_arrow(top.table(SPEC, context(probe), GROUPS))
 
 
@@ -119,7 +111,7 @@ def test_memory_is_bounded_by_groups_and_not_by_the_corpus() -> None:
     top = TopExamples(2, 4)
     for sequence in range(500):
         places = np.full(6, sequence), np.arange(6)
-        top.add(block(*places), np.random.default_rng(sequence).random((2, 6)).astype(np.float32))
+        top.add(*places, np.random.default_rng(sequence).random((2, 6)).astype(np.float32))
     kept = [example for of_ranking in top._kept for of_group in of_ranking for example in of_group]
     assert len(kept) == 2 * 2 * 4
     assert all(example.value_T.base is None for example in kept), "a view would keep its whole block alive"

@@ -133,7 +133,8 @@ def counting(module: torch.nn.Module) -> Iterator[list[None]]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "LOGPROBS_PER_BLOCK", PER_BLOCK * VOCAB)
+    monkeypatch.setattr(module_under_test, "LOGPROBS_PER_BLOCK", {"cpu": PER_BLOCK * VOCAB})
+    monkeypatch.setattr(module_under_test, "LEAST_BLOCK_ROWS", 1)
 
 
 # ---- what folds are shown -----------------------------------------------------------------------------------------

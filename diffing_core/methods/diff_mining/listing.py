@@ -41,8 +41,8 @@ class TokenSums:
     def add(self, block: TokenBlock, difference_NV: Any, top_NK: np.ndarray, bottom_NK: np.ndarray) -> None:
         """Adds the N positions of a block; the ids at both ends may be of fewer."""
         self.difference_V += _over_positions(difference_NV)
-        self.base_V += _over_positions(block.base_probability_NV)
-        self.tuned_V += _over_positions(block.tuned_probability_NV)
+        self.base_V += _over_positions(block.base.probability_NV)
+        self.tuned_V += _over_positions(block.tuned.probability_NV)
         self.positive_V += (difference_NV > 0).sum(0).cpu().numpy()
         self.top_V += np.bincount(top_NK.ravel(), minlength=len(self.top_V))
         self.bottom_V += np.bincount(bottom_NK.ravel(), minlength=len(self.bottom_V))

@@ -13,7 +13,9 @@ from diffing_core import paired_pass as paired_pass_module
 from diffing_core.blocks import Side, TokenBlock
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
 from diffing_core.methods import get_method
-from diffing_core.methods.kl import MEASURES, KlSettings, divergences, predictions
+from diffing_core.methods.kl import fold as fold_module
+from diffing_core.methods.kl.declaration import KlSettings
+from diffing_core.methods.kl.measures import DIVERGENCES, Measures, measure
 from diffing_core.models import ModelPair, Subject
 from diffing_core.paired_pass import paired_pass
 from diffing_core.pairs import Pair
@@ -39,6 +41,15 @@ def block(base_NV: Any, tuned_NV: Any, next_N: Sequence[int] | None = None) -> T
 def block_of(base: Sequence[float], tuned: Sequence[float]) -> TokenBlock:
     """One token with these two distributions."""
     return block(*(torch.tensor([values], dtype=torch.float64).log().float() for values in (base, tuned)))
+
+
+def measured(shown: TokenBlock) -> dict[str, np.ndarray]:
+    """The numbers per token of one block."""
+    return {name: values_N.numpy() for name, values_N in whole(shown).token.items()}
+
+
+def whole(shown: TokenBlock) -> Measures:
+    return measure(shown.base, shown.tuned, shown.next_N)
 
 
 def exact(base_NV: torch.Tensor, tuned_NV: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -95,7 +106,8 @@ def by_hand(pair: ModelPair, probe: ProbeCorpus) -> pl.DataFrame:
     for index, sequence in enumerate(probe.sequences):
         base_NV, tuned_NV = logits(pair, sequence.token_T)
         facts = {"sequence": index, "position": np.arange(len(sequence)), "token_id": sequence.token_T, "role": sequence.role_T,
-                 "is_template": sequence.template_T}  # fmt: skip
+                 "is_template": sequence.template_T, "next_id": np.append(sequence.token_T[1:], -1),
+                 "differs": (base_NV.argmax(-1) != tuned_NV.argmax(-1)).numpy()}  # fmt: skip
         measured = {name: values.numpy() for name, values in exact(base_NV, tuned_NV).items()}
         frames.append(pl.DataFrame(facts | measured, schema_overrides={"sequence": pl.Int32, "position": pl.Int32}))
     return pl.concat(frames).filter(pl.col("position") >= probe.skip_first_tokens)
@@ -105,71 +117,75 @@ def by_hand(pair: ModelPair, probe: ProbeCorpus) -> pl.DataFrame:
 
 
 def test_two_distributions_over_three_tokens_by_hand() -> None:
-    measured, contribution_NV = divergences(block_of([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]))
+    found = whole(block_of([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]))
+    token, contribution_V = found.token, found.vocabulary["contribution"]
     js = 0.5 * (0.25 * np.log(0.25 / 0.375) + 0.5 * np.log(0.5 / 0.375))
-    assert measured["kl_nats"][0] == pytest.approx(0.25 * LN2, rel=1e-6)
-    assert measured["reverse_kl_nats"][0] == pytest.approx(0.25 * LN2, rel=1e-6)
-    assert measured["js_nats"][0] == pytest.approx(2 * js, rel=1e-5)
-    assert measured["total_variation"][0] == pytest.approx(0.25, rel=1e-6)
-    np.testing.assert_allclose(contribution_NV[0], [-0.25 * LN2, 0, 0.5 * LN2], atol=1e-7)
+    assert token["kl_nats"][0] == pytest.approx(0.25 * LN2, rel=1e-6)
+    assert token["reverse_kl_nats"][0] == pytest.approx(0.25 * LN2, rel=1e-6)
+    assert token["js_nats"][0] == pytest.approx(2 * js, rel=1e-5)
+    assert token["total_variation"][0] == pytest.approx(0.25, rel=1e-6)
+    np.testing.assert_allclose(contribution_V, [-0.25 * LN2, 0, 0.5 * LN2], atol=1e-7)
 
 
 def test_direction_is_tuned_against_base() -> None:
-    measured, _ = divergences(block_of([0.9, 0.1], [0.5, 0.5]))
-    assert measured["kl_nats"][0] == pytest.approx(0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(5), rel=1e-6)
-    assert measured["reverse_kl_nats"][0] == pytest.approx(0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.2), rel=1e-5)
+    found = measured(block_of([0.9, 0.1], [0.5, 0.5]))
+    assert found["kl_nats"][0] == pytest.approx(0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(5), rel=1e-6)
+    assert found["reverse_kl_nats"][0] == pytest.approx(0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.2), rel=1e-5)
 
 
-def test_predictions_by_hand() -> None:
+def test_entropies_favourites_and_the_true_token_by_hand() -> None:
     base_NV, tuned_NV = (torch.tensor([values]).log() for values in ([0.5, 0.25, 0.25], [0.125, 0.125, 0.75]))
-    shown = block(base_NV, tuned_NV, [1])
-    found = predictions(shown, divergences(shown)[1])
-    assert found["base_entropy_nats"][0] == pytest.approx(1.5 * LN2, rel=1e-6)
-    assert found["tuned_entropy_nats"][0] == pytest.approx(0.75 * LN2 - 0.75 * np.log(0.75), rel=1e-6)
-    assert found["delta_logprob"][0] == pytest.approx(-LN2, rel=1e-6)
-    assert (bool(found["argmax_agrees"][0]), int(found["gained_token"][0])) == (False, 2)
+    shown = whole(block(base_NV, tuned_NV, [1]))
+    assert shown.token["base_entropy_nats"][0] == pytest.approx(1.5 * LN2, rel=1e-6)
+    assert shown.token["tuned_entropy_nats"][0] == pytest.approx(0.75 * LN2 - 0.75 * np.log(0.75), rel=1e-6)
+    assert shown.token["delta_logprob"][0] == pytest.approx(-LN2, rel=1e-6)
+    assert shown.token["gained_nats"][0] == pytest.approx(0.75 * np.log(3), rel=1e-6)
+    assert shown.token["lost_nats"][0] == pytest.approx(-0.125 * np.log(4), rel=1e-6)
+    assert {name: int(tokens_N[0]) for name, tokens_N in shown.favoured.items()} == {
+        "base": 0, "tuned": 2, "gained": 2, "lost": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0, 30.0])
 def test_random_logits_agree_with_float64(scale: float) -> None:
     base_NV = 4 * torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
     tuned_NV = base_NV + scale * torch.randn(200, 50, generator=torch.Generator().manual_seed(1))
-    measured, _ = divergences(block(base_NV, tuned_NV))
+    found = measured(block(base_NV, tuned_NV))
     for name, expected_N in exact(base_NV, tuned_NV).items():
-        np.testing.assert_allclose(measured[name], expected_N, atol=3e-7, rtol=3e-4, err_msg=name)
+        np.testing.assert_allclose(found[name], expected_N, atol=3e-7, rtol=3e-4, err_msg=name)
 
 
 def test_bounds_and_symmetry() -> None:
     base_NV, tuned_NV = (30 * torch.randn(500, 20, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    forth, _ = divergences(block(base_NV, tuned_NV))
-    back, _ = divergences(block(tuned_NV, base_NV))
+    forth = measured(block(base_NV, tuned_NV))
+    back = measured(block(tuned_NV, base_NV))
     np.testing.assert_allclose(forth["js_nats"], back["js_nats"], rtol=1e-6)
     np.testing.assert_allclose(forth["total_variation"], back["total_variation"], rtol=1e-6)
     np.testing.assert_allclose(forth["kl_nats"], back["reverse_kl_nats"], rtol=1e-6)
-    assert all(forth[name].min() >= 0 for name in MEASURES)
+    assert all(forth[name].min() >= 0 for name in DIVERGENCES)
     assert 0.9 * LN2 < forth["js_nats"].max() <= LN2 + 1e-6
     assert 0.9 < forth["total_variation"].max() <= 1 + 1e-6
 
 
 def test_distributions_without_overlap_are_finite() -> None:
-    measured, _ = divergences(block([[300.0, -300.0]], [[-300.0, 300.0]]))
-    assert measured["kl_nats"][0] == pytest.approx(600)
-    assert measured["js_nats"][0] == pytest.approx(LN2, rel=1e-4)
-    assert measured["total_variation"][0] == 1
+    found = measured(block([[300.0, -300.0]], [[-300.0, 300.0]]))
+    assert found["kl_nats"][0] == pytest.approx(600)
+    assert found["js_nats"][0] == pytest.approx(LN2, rel=1e-4)
+    assert found["total_variation"][0] == 1
 
 
 def test_equal_logits_give_exactly_zero() -> None:
     logits_NV = 50 * torch.randn(100, 30, generator=torch.Generator().manual_seed(0))
-    measured, contribution_NV = divergences(block(logits_NV, logits_NV.clone()))
-    assert not any(measured[name].any() for name in MEASURES)
-    assert not contribution_NV.any()
+    found = whole(block(logits_NV, logits_NV.clone()))
+    assert not any(found.token[name].any() for name in (*DIVERGENCES, "delta_logprob", "gained_nats", "lost_nats"))
+    assert not found.vocabulary["contribution"].any()
 
 
 def test_a_constant_added_to_all_logits_changes_nothing() -> None:
     base_NV, tuned_NV = (torch.randn(100, 30, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    plain, _ = divergences(block(base_NV, tuned_NV))
-    shifted, _ = divergences(block(base_NV + 64, tuned_NV - 32))
-    for name in MEASURES:
+    plain = measured(block(base_NV, tuned_NV))
+    shifted = measured(block(base_NV + 64, tuned_NV - 32))
+    for name in DIVERGENCES:
         np.testing.assert_allclose(shifted[name], plain[name], rtol=2e-4, atol=1e-6)
 
 
@@ -179,11 +195,11 @@ def test_kl_is_computed_in_float32_for_bf16_models_and_never_negative(scale: flo
     draw = torch.Generator().manual_seed(0)
     base_NV = (3 * torch.randn(400, 200, generator=draw)).bfloat16()
     tuned_NV = (base_NV.float() + scale * torch.randn(400, 200, generator=draw)).bfloat16()
-    measured, _ = divergences(block(base_NV, tuned_NV))
+    found = measured(block(base_NV, tuned_NV))
     expected_N = exact(base_NV, tuned_NV)["kl_nats"].numpy()
-    assert measured["kl_nats"].min() >= 0
-    np.testing.assert_allclose(measured["kl_nats"], expected_N, atol=1e-6, rtol=1e-4)
-    assert measured["kl_nats"].mean() == pytest.approx(expected_N.mean(), rel=1e-3)
+    assert found["kl_nats"].min() >= 0
+    np.testing.assert_allclose(found["kl_nats"], expected_N, atol=1e-6, rtol=1e-4)
+    assert found["kl_nats"].mean() == pytest.approx(expected_N.mean(), rel=1e-3)
 
 
 # ---- tiny models --------------------------------------------------------------------------------------------------
@@ -194,33 +210,69 @@ def test_tables_equal_a_computation_by_hand(pair: ModelPair, skip: int) -> None:
     probe = corpus(skip=skip)
     tables, tokens = run(pair, probe, budget=20), by_hand(pair, probe)
     close = {"check_exact": False, "rel_tol": 1e-3, "abs_tol": 1e-5, "check_dtypes": False}
-    shown = ["sequence", "position", *MEASURES]
+    shown = ["sequence", "position", *DIVERGENCES]
     assert_frame_equal(tables["kl_tokens"].select(shown), tokens.select(shown), **close)
-    means = [pl.col(name).mean() for name in MEASURES]
+    means = [pl.col(name).mean() for name in DIVERGENCES]
     by_sequence = tokens.group_by("sequence").agg(
-        pl.len().alias("n_tokens"), *means, pl.col("kl_nats").max().alias("max_kl_nats")
+        pl.len().alias("n_tokens"), *means, pl.col("kl_nats").max().alias("max_kl_nats"), pl.col("differs").mean().alias("argmax_differs")
     )
     assert_frame_equal(tables["kl_sequences"], by_sequence.sort("sequence"), **close)
     places = tokens.with_columns(pl.col("role").map_elements(lambda role: ROLES[role], pl.String).alias("speaker"))
     grain = ["position", "speaker", "is_template"]
-    by_place = places.group_by(grain).agg(pl.len().alias("n_tokens"), pl.col("kl_nats").mean())
+    by_place = places.group_by(grain).agg(pl.len().alias("n_tokens"), *means)
     assert_frame_equal(tables["kl_positions"].sort(grain), by_place.sort(grain), **close)
-    hot = (
-        tokens.group_by("token_id")
-        .agg(pl.len().alias("n_contexts"), pl.col("kl_nats").mean())
-        .filter(pl.col("n_contexts") >= 3)
-    )
-    assert_frame_equal(tables["kl_hot_tokens"].drop("token"), hot.sort("token_id"), **close)
+    for place, column in (("read", "token_id"), ("next", "next_id")):
+        hot = (
+            tokens.filter(pl.col(column) >= 0)
+            .group_by(pl.col(column).alias("token_id"))
+            .agg(pl.len().alias("n_contexts"), pl.col("kl_nats").mean(), pl.col("kl_nats").std(ddof=0).alias("sd_kl_nats"))
+            .filter(pl.col("n_contexts") >= 3)
+        )
+        found = tables["kl_hot_tokens"].filter(pl.col("place") == place).drop("place", "token")
+        assert_frame_equal(found, hot.sort("token_id"), **close)
 
 
-def test_only_contexts_that_occur_often_enough_are_hot(pair: ModelPair) -> None:
+def test_only_tokens_that_occur_often_enough_are_hot(pair: ModelPair) -> None:
     often = run(pair, min_contexts=1)["kl_hot_tokens"]
     seldom = run(pair, min_contexts=6)["kl_hot_tokens"]
     assert seldom["n_contexts"].min() >= 6
     assert 0 < len(seldom) < len(often)
-    assert often["n_contexts"].sum() == corpus().n_tokens
+    counted = dict(often.group_by("place").agg(pl.col("n_contexts").sum()).iter_rows())
+    assert counted == {"read": corpus().n_tokens, "next": corpus().n_tokens - len(LENGTHS)}
     assert often["token"].to_list() == [f"w{token_id}" for token_id in often["token_id"]]
     assert len(run(pair, min_contexts=1000)["kl_hot_tokens"]) == 0
+
+
+def test_a_temperature_divides_both_models_logits(pair: ModelPair) -> None:
+    probe = corpus()
+    shown = run(pair, probe, temperature=2.0)["kl_tokens"]
+    halves = [[logits_NV / 2 for logits_NV in logits(pair, each.token_T)] for each in probe.sequences]
+    for name in DIVERGENCES:
+        expected = np.concatenate([exact(*sides)[name] for sides in halves])
+        np.testing.assert_allclose(shown[name], expected, rtol=1e-3, atol=1e-6)
+    assert KlSettings(temperature=2.0).settings_id() != KlSettings().settings_id()
+
+
+def test_examples_show_the_sequences_that_differ_most_token_by_token(pair: ModelPair) -> None:
+    tables = run(pair, examples=2)
+    tokens, shown = tables["kl_tokens"], tables["kl_examples"]
+    for ranking, score in (("max", pl.col("kl_nats").max()), ("mean", pl.col("kl_nats").mean())):
+        best = tokens.group_by("sequence").agg(score).sort("kl_nats", descending=True).head(2)
+        rows = shown.filter(pl.col("statistic") == "kl_nats", pl.col("ranked_by") == ranking).sort("rank")
+        assert rows["sequence"].to_list() == best["sequence"].to_list()
+        np.testing.assert_allclose(rows["score"], best["kl_nats"], rtol=1e-6)
+    for row in shown.filter(pl.col("statistic") == "kl_nats").to_dicts():
+        of_sequence = tokens.filter(pl.col("sequence") == row["sequence"])
+        assert row["tokens"] == of_sequence["token"].to_list()
+        np.testing.assert_allclose(row["values"], of_sequence["kl_nats"], rtol=1e-6)
+
+
+def test_grouping_after_many_tiles_loses_none(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_block = run(pair)
+    monkeypatch.setattr(fold_module, "TILES_TOGETHER", 3)
+    monkeypatch.setattr(paired_pass_module, "LOGPROBS_PER_TILE", {"cpu": 2 * VOCAB})
+    for name, frame in run(pair).items():
+        assert_frame_equal(frame, whole_block[name], rel_tol=1e-5, abs_tol=1e-7)
 
 
 @pytest.mark.parametrize("skip", [0, 2])
@@ -273,7 +325,8 @@ def test_mean_does_not_depend_on_the_length_of_sequences() -> None:
 def test_token_rows_are_those_of_leading_sequences_whatever_the_batches(
     pair: ModelPair, limit: int, n_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paired_pass_module, "LOGPROBS_PER_BLOCK", 16 * VOCAB)
+    monkeypatch.setattr(paired_pass_module, "LOGPROBS_PER_BLOCK", {"cpu": 16 * VOCAB})
+    monkeypatch.setattr(paired_pass_module, "LEAST_BLOCK_ROWS", 1)
     listed = [run(pair, budget=budget, token_rows=limit)["kl_tokens"] for budget in (1, 24, 4096)]
     assert [len(frame) for frame in listed] == [n_rows] * 3
     for frame in listed[1:]:

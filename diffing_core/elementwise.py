@@ -1,0 +1,39 @@
+"""Functions over large tensors that NumPy computes two to ten times faster than torch on a processor.
+
+On any other device they are torch's own. Accuracy on a processor: exp within 2e-7 relative, log within 1e-7
+absolute for probabilities. Tensors are float32 and contiguous.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from diffing_core.lazy import torch
+
+
+def exp(value: Any) -> Any:
+    """eˣ of every element, as a new tensor."""
+    return torch.from_numpy(np.exp(value.numpy())) if _on_processor(value) else value.exp()
+
+
+def log_(value: Any) -> Any:
+    """Puts ln x in the place of every element."""
+    if not _on_processor(value):
+        return value.log_()
+    array = value.numpy()
+    np.log(array, out=array)
+    return value
+
+
+def argmax(value_NV: Any) -> Any:
+    """Index of the largest value of each row, int64 [N]; the first of equal ones."""
+    return torch.from_numpy(value_NV.numpy().argmax(-1)) if _on_processor(value_NV) else value_NV.argmax(-1)
+
+
+def argmin(value_NV: Any) -> Any:
+    """Index of the smallest value of each row, int64 [N]; the first of equal ones."""
+    return torch.from_numpy(value_NV.numpy().argmin(-1)) if _on_processor(value_NV) else value_NV.argmin(-1)
+
+
+def _on_processor(value: Any) -> bool:
+    return value.device.type == "cpu"
