@@ -19,6 +19,20 @@ from diffing_core.elementwise import exp
 from diffing_core.errors import UndeclaredNeedError
 from diffing_core.lazy import torch
 
+VALUES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}  # logits of one side: rows enough for an efficient head
+VALUES_PER_TILE = {"cpu": 2**17, "cuda": 2**26}  # a dozen arrays of this size stay in a core's cache
+LEAST_BLOCK_ROWS = 64  # for large vocabularies: the head's weights are read once per block
+
+
+def rows_per_block(vocab_size: int, device: Any) -> int:
+    """Tokens whose logits are computed together."""
+    return max(LEAST_BLOCK_ROWS, VALUES_PER_BLOCK.get(device.type, VALUES_PER_BLOCK["cpu"]) // vocab_size)
+
+
+def rows_per_tile(vocab_size: int, device: Any) -> int:
+    """Tokens that folds are shown together where they read log-probabilities."""
+    return max(1, VALUES_PER_TILE.get(device.type, VALUES_PER_TILE["cpu"]) // vocab_size)
+
 
 @dataclass(frozen=True, eq=False)
 class StreamContext:

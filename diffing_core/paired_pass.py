@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffing_core.activations import ActivationStore
-from diffing_core.blocks import Side, StreamContext, TokenBlock, tiles
+from diffing_core.blocks import Side, StreamContext, TokenBlock, rows_per_block, rows_per_tile, tiles
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
 from diffing_core.errors import DiffingError
@@ -28,9 +28,6 @@ from diffing_core.runs import Cost
 from diffing_core.settings import Settings
 
 TOKENS_PER_BATCH = 4096
-LOGPROBS_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}  # values of one side: enough rows for an efficient head
-LOGPROBS_PER_TILE = {"cpu": 2**17, "cuda": 2**26}  # a dozen arrays of this size stay in a core's cache
-LEAST_BLOCK_ROWS = 64  # for large vocabularies: the head's weights are read once per block
 METHOD_FAILURES = (DiffingError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError)
 logger = logging.getLogger(__name__)
 
@@ -139,7 +136,7 @@ def _feed(
     layers = sorted({layer for each in running for layer in each.layers} | _last_layer_if_wanted(running))
     readers = [each for each in running if Need.LOGPROBS in each.method.needs]
     others = [each for each in running if Need.LOGPROBS not in each.method.needs]
-    tile_rows = max(1, LOGPROBS_PER_TILE[_device_type(pairs)] // _vocabulary(pairs))
+    tile_rows = rows_per_tile(_vocabulary(pairs), pairs[0].base.device)
     with torch.inference_mode(), track(sum(map(len, corpus.sequences)), "tokens", f"paired pass, {corpus.name}") as done:
         for batch in corpus.batches(tokens_per_batch):
             with shared:
@@ -162,11 +159,6 @@ def _show(blocks: Mapping[int, TokenBlock], running: Sequence[_Running]) -> None
 def _read_out(blocks: Mapping[int, TokenBlock]) -> None:
     for block in blocks.values():
         block.base.logits(), block.tuned.logits()
-
-
-def _device_type(pairs: Sequence[ModelPair]) -> str:
-    kind = pairs[0].base.device.type
-    return kind if kind in LOGPROBS_PER_BLOCK else "cpu"
 
 
 def _vocabulary(pairs: Sequence[ModelPair]) -> int:
@@ -225,7 +217,7 @@ def _blocks(
     """Cuts a batch into blocks, {id(pair): block} with the same tokens in each; sides in common are shared."""
     facts = _token_facts(batch, corpus)
     kept = np.flatnonzero(facts["position_N"] >= corpus.skip_first_tokens)
-    step = max(LEAST_BLOCK_ROWS, LOGPROBS_PER_BLOCK[_device_type(pairs)] // _vocabulary(pairs))
+    step = rows_per_block(_vocabulary(pairs), pairs[0].base.device)
     for start in range(0, len(kept), step):
         rows = kept[start : start + step]
         sides: dict[tuple[int, int], Side] = {}

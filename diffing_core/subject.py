@@ -108,6 +108,12 @@ class Subject:
         """The model's logits [N, V] if these residual states [N, D] were the last layer's (the logit lens)."""
         return self.logits(self.normed(residual_ND))
 
+    def shares_readout_with(self, other: "Subject") -> bool:
+        """Whether norm and head are the very same modules, and no adapter changes either of them."""
+        ours, theirs = (side.layout for side in (self, other))
+        same = ours.norm is theirs.norm and ours.head is theirs.head
+        return same and not self._readout_is_adapted()
+
     def lens_of_difference(self, delta_ND: Any) -> Any:
         """Head of directions [N, D] -> [N, V]: linear, biases dropped, norm's gain applied, in the model's dtype."""
         with self._readout_active():
@@ -116,8 +122,10 @@ class Subject:
 
     def _readout_active(self) -> AbstractContextManager[Any]:
         """Readouts come block by block: adapters are switched (milliseconds) only if norm or head has one."""
-        adapted = hasattr(self.layout.norm, "enable_adapters") or hasattr(self.layout.head, "enable_adapters")
-        return self.active() if adapted else nullcontext()
+        return self.active() if self._readout_is_adapted() else nullcontext()
+
+    def _readout_is_adapted(self) -> bool:
+        return any(hasattr(part, "enable_adapters") for part in (self.layout.norm, self.layout.head))
 
 
 def _check_readout(subject: Subject) -> None:

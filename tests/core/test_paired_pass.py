@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as tf
 
-from diffing_core import paired_pass as module_under_test
+from diffing_core import blocks as blocks_module
 from diffing_core.blocks import StreamContext, TokenBlock, pick_layers
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.errors import CorpusError, NotComputableError, UndeclaredNeedError
@@ -133,8 +133,8 @@ def counting(module: torch.nn.Module) -> Iterator[list[None]]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "LOGPROBS_PER_BLOCK", {"cpu": PER_BLOCK * VOCAB})
-    monkeypatch.setattr(module_under_test, "LEAST_BLOCK_ROWS", 1)
+    monkeypatch.setattr(blocks_module, "VALUES_PER_BLOCK", {"cpu": PER_BLOCK * VOCAB})
+    monkeypatch.setattr(blocks_module, "LEAST_BLOCK_ROWS", 1)
 
 
 # ---- what folds are shown -----------------------------------------------------------------------------------------

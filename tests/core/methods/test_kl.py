@@ -9,7 +9,7 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from diffing_core import paired_pass as paired_pass_module
+from diffing_core import blocks as blocks_module
 from diffing_core.blocks import Side, TokenBlock
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
 from diffing_core.methods import get_method
@@ -270,7 +270,7 @@ def test_examples_show_the_sequences_that_differ_most_token_by_token(pair: Model
 def test_grouping_after_many_tiles_loses_none(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
     whole_block = run(pair)
     monkeypatch.setattr(fold_module, "TILES_TOGETHER", 3)
-    monkeypatch.setattr(paired_pass_module, "LOGPROBS_PER_TILE", {"cpu": 2 * VOCAB})
+    monkeypatch.setattr(blocks_module, "VALUES_PER_TILE", {"cpu": 2 * VOCAB})
     for name, frame in run(pair).items():
         assert_frame_equal(frame, whole_block[name], rel_tol=1e-5, abs_tol=1e-7)
 
@@ -325,8 +325,8 @@ def test_mean_does_not_depend_on_the_length_of_sequences() -> None:
 def test_token_rows_are_those_of_leading_sequences_whatever_the_batches(
     pair: ModelPair, limit: int, n_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paired_pass_module, "LOGPROBS_PER_BLOCK", {"cpu": 16 * VOCAB})
-    monkeypatch.setattr(paired_pass_module, "LEAST_BLOCK_ROWS", 1)
+    monkeypatch.setattr(blocks_module, "VALUES_PER_BLOCK", {"cpu": 16 * VOCAB})
+    monkeypatch.setattr(blocks_module, "LEAST_BLOCK_ROWS", 1)
     listed = [run(pair, budget=budget, token_rows=limit)["kl_tokens"] for budget in (1, 24, 4096)]
     assert [len(frame) for frame in listed] == [n_rows] * 3
     for frame in listed[1:]:

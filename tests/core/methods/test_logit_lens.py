@@ -6,10 +6,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.methods import get_method
 from diffing_core.methods.logit_lens import LogitLensSettings
+from diffing_core.methods.logit_lens.reading import _stays_from
 from diffing_core.models import ModelPair, Subject
 from diffing_core.paired_pass import paired_pass
 from diffing_core.pairs import Pair
@@ -177,3 +179,68 @@ def test_findings_are_gained_tokens_rank_by_rank_deepest_layer_first(pair: Model
         (2, 1),
     ]
     assert all(finding.score > 0 and finding.source_key["direction"] == "gained" for finding in shown)
+
+
+def test_layers_report_js_of_the_own_readings(pair: ModelPair) -> None:
+    layers = run(pair)["logit_lens_layers"]
+    base_NV, tuned_NV, _ = readings(pair, 0, corpus())
+    middle_NV = ((base_NV.exp() + tuned_NV.exp()) / 2).log()
+    js = (kl(base_NV, middle_NV) + kl(tuned_NV, middle_NV)) / 2
+    assert layers["js_nats"][0] == pytest.approx(js, rel=1e-4)
+
+
+def test_both_states_through_the_bases_head_are_listed_where_the_tuned_model_has_its_own(pair: ModelPair) -> None:
+    tokens = run(pair, top_tokens=10)["logit_lens_tokens"].filter(pl.col("layer") == 0)
+    base_NV, _, cross_NV = readings(pair, 0, corpus())
+    change_V = (cross_NV.exp() - base_NV.exp()).mean(0).numpy()
+    rows = tokens.filter(pl.col("criterion") == "cross_probability", pl.col("direction") == "gained")
+    assert rows["delta_probability"].is_sorted(descending=True)
+    np.testing.assert_allclose(rows["delta_probability"], change_V[rows["token_id"].to_numpy()], atol=1e-6)
+    assert rows["delta_probability"][0] == pytest.approx(np.delete(change_V, model_files.tokenizer().eos_token_id).max(), abs=1e-6)
+
+
+def test_ranks_are_places_among_the_mean_probabilities(pair: ModelPair) -> None:
+    base_NV, tuned_NV, _ = readings(pair, 0, corpus())
+    rows = run(pair)["logit_lens_tokens"].filter(pl.col("layer") == 0)
+    for side, values_NV in (("base", base_NV), ("tuned", tuned_NV)):
+        mean_V = values_NV.exp().mean(0).numpy()
+        expected = [int((mean_V > mean_V[token]).sum()) + 1 for token in rows["token_id"]]
+        assert rows[f"{side}_rank"].to_list() == expected
+
+
+def test_an_adapter_on_the_blocks_alone_leaves_one_readout_for_both_sides() -> None:
+    module = get_peft_model(
+        model_files.build(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="tuned"
+    )
+    base, tuned = Subject.of(module), Subject.of(module, "tuned")
+    assert base.shares_readout_with(tuned)
+    shown = run(ModelPair(base, tuned, model_files.tokenizer(), Pair("m", "o"), VOCAB))
+    assert shown["logit_lens_layers"]["cross_kl_nats"].to_list() == shown["logit_lens_layers"]["kl_nats"].to_list()
+    assert set(shown["logit_lens_tokens"]["criterion"]) == {"probability", "logprob"}
+    headed = get_peft_model(
+        model_files.build(tie_word_embeddings=False),
+        LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False),
+        adapter_name="tuned",
+    )
+    assert not Subject.of(headed).shares_readout_with(Subject.of(headed, "tuned"))
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [([{7}, {7}, {7}], 2), ([{7}, set(), {7}], 9), ([set(), {7}, {7}], 5), ([{7}, {7}, set()], None)],
+)
+def test_a_token_emerges_where_it_enters_for_good(members: list[set[int]], expected: int | None) -> None:
+    assert _stays_from(7, members, (2, 5, 9)) == expected
+
+
+def test_emergence_follows_from_the_lists_of_all_layers(pair: ModelPair) -> None:
+    tables = run(pair, top_tokens=10)
+    gained = tables["logit_lens_tokens"].filter(pl.col("criterion") == "probability", pl.col("direction") == "gained")
+    last = gained.filter(pl.col("layer") == LAST).sort("rank")
+    shown = tables["logit_lens_emergence"].sort("rank")
+    assert shown["token_id"].to_list() == last["token_id"].to_list()
+    assert shown["delta_probability"].to_list() == last["delta_probability"].to_list()
+    for row in shown.to_dicts():
+        at = set(gained.filter(pl.col("token_id") == row["token_id"])["layer"])
+        expected = min(layer for layer in at if set(range(layer, LAYERS)) <= at)
+        assert row["gained_layer"] == expected
