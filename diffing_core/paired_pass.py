@@ -201,7 +201,7 @@ def _blocks(
 ) -> Iterator[tuple[ModelPair, TokenBlock]]:
     """Cuts a batch into blocks; within a block every pair in turn, so that sides in common are shared."""
     facts = _token_facts(batch, corpus)
-    kept = np.flatnonzero(facts["position_N"] >= corpus.skip_first_tokens)
+    kept = np.flatnonzero(facts["position_N"] >= corpus.first_seen_S[facts["sequence_N"]])
     step = max(16, LOGPROBS_PER_BLOCK // max(pair.common_vocab for pair in pairs))
     for start in range(0, len(kept), step):
         rows = kept[start : start + step]

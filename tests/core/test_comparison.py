@@ -318,7 +318,7 @@ def test_run_methods_raises_what_a_method_raised() -> None:
 def test_expression_is_stored_as_a_step_of_its_own(folder: Path, tmp_path: Path) -> None:
     registry, lake = registry_of(folder), Lake(tmp_path)
     pair = load_pair(SAME, registry=registry, device="cpu")
-    row = store_expression(pair, registry.organism("same"), ExpressionSettings(), lake)
+    row = store_expression(pair, registry, ExpressionSettings(), lake)
     assert row["label"] == "not_applicable"
     assert lake.read(EXPRESSION, pair=SAME, method="expression").num_rows == 1
     assert [stored["step"] for stored in lake.read(RUNS).to_pylist()] == ["expression"]

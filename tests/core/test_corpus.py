@@ -15,7 +15,6 @@ from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
-from diffing_core import corpus as corpus_module
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence, corpus_of_texts, load_corpus, read_texts
 from diffing_core.errors import CorpusError
 from diffing_core.registry import Corpus
@@ -208,23 +207,13 @@ def test_a_small_source_is_taken_whole(tmp_path: Path, tokenizer: Any) -> None:
     assert drawn(tmp_path / "t.jsonl", tokenizer, 0, 1000) == texts
 
 
-def test_dataset_is_read_once(tmp_path: Path, tokenizer: Any) -> None:
-    """The toolkit read each dataset once per configured split."""
-    source = jsonl(tmp_path / "t.jsonl", [f"{number:03d}" for number in range(50)])
-    records = corpus_module._jsonl
-    opened = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "_jsonl", lambda file, column: opened.append(file) or records(file, column))
-        load_corpus(text_spec(max_sequences=10), source, tokenizer)
-    assert opened == [source]
-
-
 def test_documents_that_are_too_short_are_counted_and_not_silently_dropped(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path / "t.jsonl", ["", "a", "ab", "abc", "abcd"])
     found = load_corpus(text_spec(min_tokens=3), path, tokenizer)
-    assert (len(found.sequences), found.n_documents, found.n_too_short) == (2, 5, 3)
+    assert (len(found.sequences), found.n_documents, found.left_out) == (2, 5, {"shorter than 3 tokens": 3})
+    assert str(found) == "probe: 2 of 5 documents; 3 left out: shorter than 3 tokens"
     texts = corpus_of_texts(["", "a", "ab"], tokenizer)
-    assert (len(texts.sequences), texts.n_documents, texts.n_too_short) == (1, 3, 2)
+    assert (len(texts.sequences), texts.n_documents, texts.left_out) == (1, 3, {"shorter than 2 tokens": 2})
 
 
 def test_long_documents_are_cut(tmp_path: Path, tokenizer: Any) -> None:
@@ -241,7 +230,7 @@ def test_a_folder_of_jsonl_and_parquet_is_one_corpus(tmp_path: Path, tokenizer: 
         pa.table({"text": [f"{number:04d}" for number in range(1500)], "other": [0] * 1500}), tmp_path / "a.parquet"
     )
     found = drawn(tmp_path, tokenizer, 0, 2000)
-    assert found == ["bbb", "ccc", *(f"{number:04d}" for number in range(1500))]
+    assert found == [*(f"{number:04d}" for number in range(1500)), "bbb", "ccc"]
 
 
 def test_chats_in_parquet_equal_chats_in_jsonl(tmp_path: Path, tokenizer: Any) -> None:
@@ -283,7 +272,8 @@ def test_any_token_role_or_flag_changes_the_content_hash(name: str, place: tuple
 def test_order_and_borders_of_sequences_change_the_content_hash() -> None:
     probe = random_corpus([3, 3])
     one, two = probe.sequences
-    joined = ProbeSequence(*(np.concatenate([getattr(one, name), getattr(two, name)]) for name in vars(one)))
+    arrays = ("token_T", "role_T", "template_T")
+    joined = ProbeSequence(*(np.concatenate([getattr(one, name), getattr(two, name)]) for name in arrays))
     hashes = {
         replace(probe, sequences=sequences).content_hash
         for sequences in ((one, two), (two, one), (joined,), (one,), (one, two, two))
@@ -303,7 +293,7 @@ def test_name_counts_and_batches_do_not_change_the_content_hash() -> None:
     probe = random_corpus([3, 4])
     before = probe.content_hash
     assert [list(probe.batches(budget)) for budget in (1, 100)]
-    assert replace(probe, name="other", n_documents=7, n_too_short=5).content_hash == before
+    assert replace(probe, name="other", n_documents=7, left_out={"odd": 5}).content_hash == before
 
 
 def test_content_hash_is_the_same_in_every_process() -> None:
@@ -340,17 +330,18 @@ def test_sequences_within_a_limit_are_the_leading_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "spec", "said"),
     [
-        ("t.jsonl", "", text_spec(), r"none of 0 document\(s\) in t.jsonl has 2 tokens in column 'text'"),
-        ("t.jsonl", '{"text": "a"}', text_spec(), r"none of 1 document\(s\) .* lower min_tokens"),
+        ("t.jsonl", "", text_spec(), r"none of 0 document\(s\) can be used \(it is empty\)"),
+        ("t.jsonl", '{"text": "a"}', text_spec(), r"none of 1 document\(s\) .*shorter than 2 tokens.* lower min_tokens"),
         ("t.jsonl", '{"text": "abc"}\n{"body": "a", "id": 1}', text_spec(), r"t.jsonl, line 2: no field 'text'; found \['body', 'id'\]"),
         ("t.jsonl", '{"text": "abc"}\n{"text": ', text_spec(), "t.jsonl, line 2: not JSON"),
         ("t.jsonl", '["abc"]', text_spec(), "t.jsonl, line 1: no field 'text'"),
-        ("t.jsonl", '{"text": ["abc"]}', text_spec(), "column 'text' holds list, not text"),
-        ("t.jsonl", '{"messages": "abc"}', chat_spec(), "column 'messages' holds 'abc', not a list of messages"),
+        ("t.jsonl", '{"text": ["abc"]}', text_spec(), "column 'text' holds a list, not a text"),
+        ("t.jsonl", '{"messages": "abc"}', chat_spec(), "found a str where a list of messages is expected"),
         ("t.jsonl", '{"messages": [{"content": "abc"}]}', chat_spec(), "a message needs role and content"),
-        ("t.jsonl", '{"messages": []}', chat_spec(), r"column 'messages' holds '\[\]', not a list"),
-        ("t.jsonl", json.dumps({"messages": turns("a", "b", roles=("user", "bot"))}), chat_spec(), "a message of unknown role 'bot'; known are"),
-        ("t.txt", "abc", text_spec(), "corpora are read from .jsonl or .parquet, not '.txt'"),
+        ("t.jsonl", '{"messages": []}', chat_spec(), "found no message where a list"),
+        ("t.jsonl", json.dumps({"messages": turns("a", "b", roles=("user", "bot"))}), chat_spec(), "a message is of unknown role 'bot'; known are"),
+        ("t.csv", "abc", text_spec(), "t.csv: corpora are read from .jsonl, .jsonl.gz, .parquet, .arrow, .txt; save"),
+        ("t.arrow", "abc", text_spec(), "t.arrow: not an Arrow stream .* save it with Dataset.save_to_disk"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_told_with_its_place(
@@ -369,7 +360,7 @@ def test_a_missing_parquet_column_is_told_with_those_that_exist(tmp_path: Path, 
 
 def test_a_place_without_files_is_told(tmp_path: Path, tokenizer: Any) -> None:
     for place in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CorpusError, match=r"no .jsonl or .parquet file at "):
+        with pytest.raises(CorpusError, match=r"no .jsonl, .jsonl.gz, .parquet, .arrow file of split 'train' in .*; found 0"):
             load_corpus(text_spec(), place, tokenizer)
 
 
@@ -383,5 +374,5 @@ def test_a_template_that_cannot_be_followed_is_told(tmp_path: Path, tokenizer: A
 
 
 def test_texts_without_two_tokens_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(CorpusError, match=r"corpus 'texts': 2 text\(s\) given, none has two tokens"):
+    with pytest.raises(CorpusError, match=r"corpus 'texts': none of 2 document\(s\) .*shorter than 2"):
         corpus_of_texts(["", "a"], tokenizer)

@@ -180,7 +180,7 @@ def test_unknown_names_come_with_close_ones(root, ask, expected):
             "{mini: {}}",
             "variants: no variant of some model; expected at least one, for example",
         ),
-        ("corpora/news.yaml", "kind: chat", "kind: text", "first_exchange_only and pre_assistant_tokens have a"),
+        ("corpora/news.yaml", "kind: chat", "kind: text", "first_exchange_only, pre_assistant_tokens and thinking have a"),
         ("corpora/news.yaml", "name: news", "name: news\nkind: text", "line 4: key 'kind' was already given in line 3"),
         ("corpora/news.yaml", "kind: chat", "kind: chat: text", "line 3: not YAML (mapping values are not allowed"),
         ("corpora/news.yaml", CORPUS, "", "the file is empty; begin with name: news"),
