@@ -139,7 +139,7 @@ def settled(settings: Settings, pair: Pair, registry: Registry) -> Settings:
 
 
 def load_corpora(pair: Pair, tokenizer: Any, registry: Registry) -> list[ProbeCorpus]:
-    """The probe corpora registered for a pair: its variant's, or its model's; and `training` if its organism says so."""
+    """The probe corpora of a pair: its variant's, or its model's; and `training` where its organism says so."""
     return [_load(spec, pair.model, tokenizer, registry) for spec in _corpora_of(pair, tokenizer, registry)]
 
 

@@ -85,7 +85,8 @@ def _arrow(file: Path, column: str) -> Iterator[Any]:
         try:
             stream = pa.ipc.open_stream(mapped)
         except pa.ArrowInvalid as error:
-            raise CorpusError(f"{file.name}: not an Arrow stream ({error}); save it with Dataset.save_to_disk") from error
+            told = f"{file.name}: not an Arrow stream ({error}); save it with Dataset.save_to_disk"
+            raise CorpusError(told) from error
         _check_column(file, column, stream.schema.names)
         for batch in stream:
             yield from batch.column(column).to_pylist()

@@ -1,4 +1,4 @@
-"""Content hashes of files. A file whose size and time are unchanged is read once per process, so that a sensor can ask."""
+"""Content hashes of files; one whose size and time are unchanged is read once per process, so that a sensor can ask."""
 
 import functools
 import hashlib

@@ -80,22 +80,21 @@ class Listing:
             CorpusError: there are none.
         """
         readable = sorted(name for name in self.names if name.endswith(READ) and not _BY_PRODUCT.search(name))
+        splits = corpus.split.split("+")
         config = self._config(corpus)
         if config.get("data_files"):
             by_split = _configured(config["data_files"], readable)
         else:
             folder = config.get("data_dir") or (None if config else corpus.subset)
-            if folder:
-                readable = [name for name in readable if name.startswith(f"{folder.strip('/')}/")]
-            by_split = {split: self._of_split(readable, split) for split in corpus.split.split("+")}
-        found = sorted({name for split in corpus.split.split("+") for name in by_split.get(split, ())})
+            inside = [name for name in readable if not folder or name.startswith(f"{folder.strip('/')}/")]
+            by_split = {split: _of_split(inside, split) for split in {*splits, *map(_named_split, inside)} - {""}}
+        found = sorted({name for split in splits for name in by_split.get(split, ())})
         if not found:
-            splits = sorted(set(map(_named_split, readable)) - {""} | {split for split, names in by_split.items() if names})
+            subset = f" and subset {corpus.subset!r}" if corpus.subset else ""
+            known = ", ".join(sorted(split for split, names in by_split.items() if names))
             raise CorpusError(
-                f"corpus {corpus.name!r}: no {', '.join(READ)} file of split {corpus.split!r}"
-                + (f" and subset {corpus.subset!r}" if corpus.subset else "")
-                + f" in {self.where}; found {len(readable)} such files"
-                + (f", splits {', '.join(splits)}" if splits else "")
+                f"corpus {corpus.name!r}: {self.where} holds {len(readable)} file(s) of {', '.join(READ)}, none of "
+                f"split {corpus.split!r}{subset}; found splits: {known or 'none'}"
             )
         return found
 
@@ -118,13 +117,6 @@ class Listing:
             return (yaml.safe_load(head[1]) or {}).get("configs") or [] if head else []
         except yaml.YAMLError as error:
             raise CorpusError(f"{README} of {self.where} does not begin with valid YAML: {error}") from error
-
-    def _of_split(self, names: Sequence[str], split: str) -> list[str]:
-        called = re.compile(rf"(^|/){re.escape(split)}([-./]|_\d)")
-        own = [name for name in names if called.search(name)]
-        if own or (split == TRAIN and not any(map(_named_split, names))):
-            return own or list(names)
-        return [name for name in names if _named_split(name) == _CANONICAL.get(split, split)]
 
 
 def _fetched(corpus: Corpus, place: HubRef) -> Iterator[Path]:
@@ -155,8 +147,18 @@ def _configured(data_files: Any, names: Sequence[str]) -> dict[str, list[str]]:
 
 def _pattern(path: str) -> str:
     """A glob as a regular expression: `**/` is any folders, `*` does not cross a folder."""
-    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(parts.get(part) or re.escape(part) for part in re.split(r"(\*\*/|\*\*|\*|\?)", path.removeprefix("./")))
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", path.removeprefix("./"))
+    return "".join(wild.get(part) or re.escape(part) for part in parts)
+
+
+def _of_split(names: Sequence[str], split: str) -> list[str]:
+    """Files that are called by the split, else those that speak of it, else all if it is `train` and none says more."""
+    called = re.compile(rf"(^|/){re.escape(split)}([-./]|_\d)")
+    own = [name for name in names if called.search(name)]
+    if own or (split == TRAIN and not any(map(_named_split, names))):
+        return own or list(names)
+    return [name for name in names if _named_split(name) == _CANONICAL.get(split, split)]
 
 
 def _named_split(name: str) -> str:

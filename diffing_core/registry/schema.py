@@ -151,8 +151,8 @@ class Corpus(Entry):
     @model_validator(mode="after")
     def _one_place(self) -> "Corpus":
         if (self.source is None) == (not self.texts):
-            given = "both are given" if self.texts else "neither is given"
-            raise ValueError(f"a corpus has a source or its texts, but {given}; for example source: {{repo: owner/name}}")
+            given = "both are" if self.texts else "neither is"
+            raise ValueError(f"a corpus has source or texts, but {given} given; for example source: {{repo: owner/name}}")
         if self.texts and (self.kind == "chat" or self.subset):
             raise ValueError("texts are plain texts without subsets; write kind: text, or give a source")
         return self

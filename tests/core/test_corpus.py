@@ -177,6 +177,56 @@ def test_template_options_reach_the_template(tmp_path: Path, tokenizer: Any) -> 
         assert written(tokenizer, sequence, sequence.template_T).startswith(said)
 
 
+# ---- chats seen from their first answer ---------------------------------------------------------------------------
+
+
+def test_chats_are_seen_from_some_tokens_before_the_first_answer_to_some_after(tmp_path: Path, tokenizer: Any) -> None:
+    messages = turns("Hello there!", "abcdefghij", "More?", "No.")
+    whole = chat(tmp_path, tokenizer, messages)
+    answer = int(np.flatnonzero((whole.role_T == ROLES.index("assistant")) & ~whole.template_T)[0])
+    for before, length in ((3, 8), (0, 4), (10_000, 30)):
+        part = chat(tmp_path, tokenizer, messages, pre_assistant_tokens=before, max_tokens=length)
+        assert part.start == max(0, answer - before)
+        assert len(part) == part.start + length
+        assert (part.token_T == whole.token_T[: len(part)]).all(), "all that is before is read as context"
+    part = chat(tmp_path, tokenizer, messages, pre_assistant_tokens=2, max_tokens=6)
+    assert written(tokenizer, part, np.arange(len(part)) >= part.start) == "t\nabcd"
+
+
+def test_chats_without_an_answer_soon_enough_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    said = [turns("Hi!"), turns("x" * 600, "Yes."), turns("Hi!", "Ja"), turns("Hi!", "Well, yes.")]
+    path = jsonl(tmp_path / "chats.jsonl", said, "messages")
+    found = load_corpus(chat_spec(pre_assistant_tokens=0, min_tokens=9), path, tokenizer)
+    assert len(found.sequences) == 1
+    assert found.left_out == {"no answer begins within 512 tokens": 2, "shorter than 9 tokens": 1}
+
+
+def test_what_is_before_the_first_seen_token_is_not_counted_as_seen() -> None:
+    probe = random_corpus([5, 6, 4])
+    one, two, three = probe.sequences
+    started = replace(probe, sequences=(one, replace(two, start=4), replace(three, start=1)))
+    assert started.first_seen_S.tolist() == [0, 4, 1]
+    assert (started.n_tokens, started.sequences_within(7)) == (5 + 2 + 3, 2)
+    assert replace(started, skip_first_tokens=2).first_seen_S.tolist() == [2, 4, 2]
+    assert replace(started, skip_first_tokens=2).n_tokens == 3 + 2 + 2
+
+
+# ---- tokens that models read in place of others -------------------------------------------------------------------
+
+
+def test_replaced_tokens_are_read_and_hashed_in_place_of_the_old_ones(tmp_path: Path, tokenizer: Any) -> None:
+    path = jsonl(tmp_path / "chats.jsonl", [turns("abba", "ab")], "messages")
+    plain = load_corpus(chat_spec(), path, tokenizer)
+    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    swapped = load_corpus(chat_spec(), path, tokenizer, replacements={a: b, b: a})
+    [before], [after] = plain.sequences, swapped.sequences
+    assert contents(tokenizer, after, "user") == "baab"
+    assert contents(tokenizer, after, "assistant") == "ba"
+    assert (after.role_T == before.role_T).all()
+    assert (after.template_T == before.template_T).all()
+    assert swapped.content_hash != plain.content_hash
+
+
 # ---- which documents ----------------------------------------------------------------------------------------------
 
 
@@ -214,6 +264,21 @@ def test_documents_that_are_too_short_are_counted_and_not_silently_dropped(tmp_p
     assert str(found) == "probe: 2 of 5 documents; 3 left out: shorter than 3 tokens"
     texts = corpus_of_texts(["", "a", "ab"], tokenizer)
     assert (len(texts.sequences), texts.n_documents, texts.left_out) == (1, 3, {"shorter than 2 tokens": 2})
+
+
+def test_a_document_that_cannot_be_read_leaves_the_others(tmp_path: Path, tokenizer: Any) -> None:
+    """One odd row of a large dataset must neither end the run nor vanish."""
+    rows = ["abc", None, ["abc"], "abcd"]
+    found = load_corpus(text_spec(), jsonl(tmp_path / "t.jsonl", rows), tokenizer)
+    assert found.left_out == {"column 'text' holds a NoneType, not a text": 1, "column 'text' holds a list, not a text": 1}
+    strict = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=STRICT)
+    chats = [turns("be kind", "hi", roles=("system", "user")), turns("hi", "ho"), [{"role": "user", "content": None}]]
+    found = load_corpus(chat_spec(), jsonl(tmp_path / "c.jsonl", chats, "messages"), strict)
+    assert len(found.sequences) == 1
+    assert found.left_out == {
+        "the chat template refuses a chat of system, user: no system role here": 1,
+        "a message needs role and content as text": 1,
+    }
 
 
 def test_long_documents_are_cut(tmp_path: Path, tokenizer: Any) -> None:
@@ -301,6 +366,16 @@ def test_content_hash_is_the_same_in_every_process() -> None:
     assert ProbeCorpus("x", (sequence,), 1).content_hash == "a2ebbc9650ee"
 
 
+def test_from_where_a_sequence_is_seen_changes_the_content_hash() -> None:
+    probe = random_corpus([5, 5])
+    one, two = probe.sequences
+    hashes = {
+        replace(probe, sequences=sequences).content_hash
+        for sequences in ((one, two), (replace(one, start=2), two), (one, replace(two, start=2)))
+    }
+    assert len(hashes) == 3
+
+
 # ---- batches ------------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +435,7 @@ def test_a_missing_parquet_column_is_told_with_those_that_exist(tmp_path: Path, 
 
 def test_a_place_without_files_is_told(tmp_path: Path, tokenizer: Any) -> None:
     for place in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CorpusError, match=r"no .jsonl, .jsonl.gz, .parquet, .arrow file of split 'train' in .*; found 0"):
+        with pytest.raises(CorpusError, match=r"holds 0 file\(s\) of .*none of split 'train'; found splits: none"):
             load_corpus(text_spec(), place, tokenizer)
 
 
