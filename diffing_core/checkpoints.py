@@ -89,7 +89,7 @@ def token_id(tokenizer: Any, token: str, what: str) -> int:
     """
     vocabulary = tokenizer.get_vocab()
     ids = [vocabulary[token]] if token in vocabulary else tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and token != tokenizer.unk_token):
+    if len(ids) != 1 or (token not in vocabulary and tokenizer.decode(ids).strip() != token.strip()):
         raise RegistryError(f"{what}: {token!r} is not one token of this model's tokenizer; name one of its vocabulary")
     return ids[0]
 
