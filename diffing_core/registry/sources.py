@@ -4,7 +4,9 @@ A source is only a name until `fetch` turns it into a folder on this machine; `r
 in it without loading any weights, so that a sensor can look every few seconds.
 """
 
+import functools
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,14 +156,23 @@ def revision_of(place: Path | HubRef, *, weights: bool = True) -> str:
 def commit_of(place: HubRef, kind: Literal["model", "dataset"]) -> str:
     """The commit that a hub reference points to; a full commit is itself, and nobody is asked.
 
+    Pairs share bases and corpora: the hub is asked for one place at most twice a minute.
+
     Raises:
         ModelLoadError: the repository cannot be reached.
     """
     if place.revision and _COMMIT.fullmatch(place.revision):
         return place.revision
+    from huggingface_hub import constants
+
+    return _commit_at(place, kind, constants.ENDPOINT, int(time.monotonic()) // 30)
+
+
+@functools.lru_cache(maxsize=4096)
+def _commit_at(place: HubRef, kind: str, endpoint: str, _half_minute: int) -> str:
     from huggingface_hub import HfApi
 
-    return asked(place, HfApi().repo_info, repo_type=kind).sha
+    return asked(place, HfApi(endpoint).repo_info, repo_type=kind).sha
 
 
 def asked(place: HubRef, question: Callable, *more: Any, **options: Any) -> Any:

@@ -271,6 +271,23 @@ def test_thinking_of_a_corpus_overrides_the_models(folder: Path, of_model: bool,
     assert [text.split()[0] for text in rendered] == [said, said]
 
 
+def test_tokens_before_the_answer_are_read_and_not_seen(folder: Path, tmp_path: Path) -> None:
+    """A chat cut out of its context would be read as another text."""
+    registry = registry_of(folder, ("chats",), chat_template=CHATML)
+    answer_only = registry.corpora["chats"].model_copy(update={"pre_assistant_tokens": 1})
+    [whole] = run(registry, tmp_path / "whole", (ONE,), ("kl", "norm_diff"))[:1]
+    [part, norms] = run(replace(registry, corpora={"chats": answer_only}), tmp_path / "part", (ONE,), ("kl", "norm_diff"))
+    (key, before), (other, after) = whole.results[0], part.results[0]
+    assert key.corpus_hash != other.corpus_hash
+    rows = pl.from_arrow(before.tables["kl_tokens"])
+    seen = pl.from_arrow(after.tables["kl_tokens"])
+    assert (len(rows), len(seen), after.cost.n_tokens) == (9, 4, 4)
+    assert seen["position"].to_list() == [5, 6, 7, 8], "the role's name, then the answer: positions are of the whole chat"
+    same = [name for name in seen.columns if seen[name].dtype != pl.List]
+    assert seen.select(same).equals(rows.tail(4).select(same))
+    assert norms.results[0][1].cost.n_tokens == 4
+
+
 def test_what_is_read_and_what_is_left_out_can_be_seen(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 
 from diffing_core.documents import documents
 from diffing_core.errors import CorpusError, ModelLoadError
@@ -180,6 +181,15 @@ def test_revision_subfolder_and_readme_of_a_dataset(cache: Path) -> None:
     assert list(documents(spec(), HubRef("lab/many", subfolder="de"))) == ["main de/train"]
     assert corpus_version(spec(), HubRef("lab/many", "v2")) == commit_of("v2")
     assert corpus_version(spec(), HubRef("lab/many", subfolder="de")) == f"{commit_of('main')}.de"
+
+
+def test_the_hub_is_asked_once_for_what_many_pairs_share(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ask = [], HfApi.repo_info
+    monkeypatch.setattr(HfApi, "repo_info", lambda api, repo, **options: asked.append(repo) or ask(api, repo, **options))
+    versions = {corpus_version(spec(name=name), HubRef("lab/many", "v2")) for name in ("a", "b", "c")}
+    assert versions == {commit_of("v2")}
+    assert asked == ["lab/many"]
+    assert corpus_version(spec(), HubRef("lab/few", commit_of("v2"))) == commit_of("v2"), "a commit needs no hub"
 
 
 def test_a_dataset_that_is_not_on_the_hub_is_named(cache: Path) -> None:
