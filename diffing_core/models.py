@@ -128,15 +128,15 @@ def source_revisions(pair: Pair, registry: Registry) -> tuple[str, str]:
 
     base = "+".join(revision(source) for source in (entry.source, entry.adapter) if source)
     if variant.against and variant.against.source:
-        own = revision(variant.against.source)
-        base = own if variant.against.kind == "full" else f"{base}+{own}"
-    base = "+".join(filter(None, (base, _tokenizer_revision(entry, registry))))
+        other = revision(variant.against.source)
+        base = other if variant.against.kind == "full" else f"{base}+{other}"
+    own = revision_of(registry.resolve(entry.tokenizer, pair.model), weights=False) if entry.tokenizer else None
+    base = "+".join(filter(None, (base, _tokenizer_revision(entry, own))))
     return base, revision(variant.source) if variant.source else _IDENTICAL
 
 
-def _tokenizer_revision(entry: Model, registry: Registry) -> str:
-    """Identity of what the entry puts in place of the base's own tokenizer, chat template and end of turn."""
-    own = revision_of(registry.resolve(entry.tokenizer, entry.name), weights=False) if entry.tokenizer else None
+def _tokenizer_revision(entry: Model, own: str | None) -> str:
+    """Identity of what the entry puts in place of the base's tokenizer (`own`), chat template and end of turn."""
     said = [entry.chat_template, entry.end_of_turn]
     return "+".join(filter(None, (own, short_hash(said) if any(said) else None)))
 
@@ -166,14 +166,12 @@ class _Resident:
         self.folder, self.revision = base.folder, base.revision
         self.module = load_module(base.folder, self.entry, dtype or self.entry.dtype, device, remote_code=code)
         if self.entry.adapter:
-            own = self._fetch(self.entry.adapter)
-            self.module = add_adapter(self.module, own.folder, "own").merge_and_unload(adapter_names=["own"])
-            self.revision += f"+{own.revision}"
-        folder = base.folder
-        if self.entry.tokenizer:
-            folder = self._fetch(self.entry.tokenizer, remote_code=code, weights=False).folder
-        self.tokenizer = load_tokenizer(folder, self.entry, remote_code=code)
-        self.tokenizer_revision = _tokenizer_revision(self.entry, registry)
+            merged = self._fetch(self.entry.adapter)
+            self.module = add_adapter(self.module, merged.folder, "own").merge_and_unload(adapter_names=["own"])
+            self.revision += f"+{merged.revision}"
+        own = self.entry.tokenizer and self._fetch(self.entry.tokenizer, remote_code=code, weights=False)
+        self.tokenizer = load_tokenizer(own.folder if own else base.folder, self.entry, remote_code=code)
+        self.tokenizer_revision = _tokenizer_revision(self.entry, own and own.revision)
         end = self.entry.end_of_turn
         self.stop_ids = () if end is None else (token_id(self.tokenizer, end, f"end_of_turn of model {model}"),)
         self.adapters: dict[Path, str] = {}

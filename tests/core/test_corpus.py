@@ -14,8 +14,10 @@ import transformers as tf
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence, corpus_of_texts, load_corpus, read_texts
+from diffing_core.demo.tokenizer import train_tokenizer
 from diffing_core.errors import CorpusError
 from diffing_core.registry import Corpus
 
@@ -279,6 +281,30 @@ def test_a_document_that_cannot_be_read_leaves_the_others(tmp_path: Path, tokeni
         "the chat template refuses a chat of system, user: no system role here": 1,
         "a message needs role and content as text": 1,
     }
+
+
+def test_a_cut_document_keeps_the_tokens_of_the_whole(tmp_path: Path) -> None:
+    """The toolkit cut, decoded and tokenized again: a piece at the cut became other tokens."""
+    words = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 30, 300, 128)
+    path = jsonl(tmp_path / "t.jsonl", ["the quick brown foxes jump äöü over the lazy dogs"])
+    whole = words(json.loads(path.read_text())["text"])["input_ids"]
+    for length in range(2, len(whole)):
+        [sequence] = load_corpus(text_spec(max_tokens=length), path, words).sequences
+        assert sequence.token_T.tolist() == whole[:length]
+
+
+def test_every_text_begins_as_the_tokenizer_begins_texts(tmp_path: Path, tokenizer: Any) -> None:
+    """The toolkit looked at the first text alone to decide whether all texts get a BOS."""
+    model = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    begin = "<|im_start|>"
+    model.post_processor = TemplateProcessing(
+        single=f"{begin} $A", pair="$A $B", special_tokens=[(begin, SIGNS.index(begin))]
+    )
+    with_bos = tf.PreTrainedTokenizerFast(tokenizer_object=model, chat_template=CHATML)
+    found = load_corpus(text_spec(), jsonl(tmp_path / "t.jsonl", [f"{begin}abc", "def"]), with_bos)
+    assert [sequence.token_T[0] for sequence in found.sequences] == [SIGNS.index(begin)] * 2
+    one = chat(tmp_path, with_bos, turns("Hi!", roles=("system",)))
+    assert written(with_bos, one, np.arange(len(one)) < 3) == f"{begin}sy", "the template begins chats itself"
 
 
 def test_long_documents_are_cut(tmp_path: Path, tokenizer: Any) -> None:

@@ -381,6 +381,13 @@ def test_a_tokenizer_of_its_own_needs_no_weights_and_is_part_of_the_identity(fil
     assert "holds no file of a tokenizer; mend tokenizer in the registry entry" in message
 
 
+def test_entries_of_one_tokenizer_keep_their_own_chat_template(made):
+    """The toolkit's tokenizer cache was keyed by name, so the first entry's template served all."""
+    templates = [{"chat_template": "one"}, {"chat_template": "two"}, {}]
+    pairs = [load_pair(Pair("tiny", "o"), registry=registry_of(made, each, default=lora(made / "a"))) for each in templates]
+    assert [pair.tokenizer.chat_template for pair in pairs] == ["one", "two", None]
+
+
 @pytest.mark.parametrize("field", [{"chat_template": "hello"}, {"end_of_turn": "w5"}])
 def test_what_the_entry_says_of_chats_is_part_of_the_identity(made, field):
     plain, said = (registry_of(made, each, default=lora(made / "a")) for each in ({}, field))
