@@ -37,6 +37,7 @@ def outcome_metadata(outcome: Outcome) -> dict[str, Any]:
         "compute_s": sum(cost.compute_s for cost in costs),
         "forwards_shared_s": sum(cost.shared_s for cost in costs),
         "probe_tokens": sum(cost.n_tokens for cost in costs),
+        "probes": "\n".join(outcome.probes) or None,
         "run_ids": ", ".join(key.run_id for key, _ in outcome.results),
         **_findings(outcome),
     }

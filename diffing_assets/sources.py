@@ -15,19 +15,20 @@ from diffing_core.expression import EXPRESSION, ExpressionSettings
 from diffing_core.models import load_cohort, source_revisions
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
+from diffing_core.registry.datasets import corpus_version
 from diffing_core.settings import short_hash
 
 
 def data_version(pair: Pair, registry: Registry) -> str:
-    """What a pair's results depend on beside code: its entries, both sides' weights and the probe corpora.
+    """What a pair's results depend on beside code: its entries, both sides' weights, and the probe texts themselves.
 
     The base's revision is part of it, so a changed base model makes exactly its own pairs stale.
     """
-    model = registry.model(pair.model)
-    variant = registry.variant(pair)
-    corpora = [registry.corpus(name).model_dump(mode="json") for name in variant.corpora or model.corpora]
-    entries = [model.model_dump(mode="json"), variant.model_dump(mode="json"), corpora]
-    return short_hash([entries, source_revisions(pair, registry)])
+    probes = registry.probes(pair)
+    entries = [entry.model_dump(mode="json") for entry in (registry.model(pair.model), registry.variant(pair), *probes)]
+    texts = [corpus_version(corpus, registry.place_of(corpus, pair.model)) for corpus in probes]
+    asked = registry.organism(pair.organism).system_prompt
+    return short_hash([entries, texts, asked, source_revisions(pair, registry)])
 
 
 @dg.observable_source_asset(
@@ -84,7 +85,6 @@ def expression(context: dg.AssetExecutionContext, workspace: Workspace) -> Itera
         for pair, error in cohort.failed.items():
             report.failed(pair, error)
         for pair in cohort:
-            organism = registry.organism(pair.pair.organism)
             with report.of(pair.pair) as shown:
-                shown |= store_expression(pair, organism, ExpressionSettings(), lake)
+                shown |= store_expression(pair, registry, ExpressionSettings(), lake)
     yield from report.results()

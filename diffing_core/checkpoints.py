@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from diffing_core.errors import ModelLoadError
+from diffing_core.errors import ModelLoadError, RegistryError
 from diffing_core.lazy import torch
 from diffing_core.registry import Model
 from diffing_core.safetensor_files import weight_files
@@ -11,8 +11,10 @@ from diffing_core.safetensor_files import weight_files
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def load_module(folder: Path, entry: Model, dtype: str, device: Any) -> Any:
+def load_module(folder: Path, entry: Model, dtype: str, device: Any, *, remote_code: bool = False) -> Any:
     """The folder's causal language model, in evaluation mode, without gradients.
+
+    `remote_code` allows code of that folder to run; whose flag it is depends on whose folder it is.
 
     Raises:
         ModelLoadError: damaged, incomplete or non-finite weights, or a configuration transformers refuses.
@@ -21,7 +23,7 @@ def load_module(folder: Path, entry: Model, dtype: str, device: Any) -> Any:
     from safetensors import SafetensorError
 
     weight_files(folder)
-    code = {"trust_remote_code": entry.trust_remote_code, "local_files_only": True}
+    code = {"trust_remote_code": remote_code, "local_files_only": True}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **code)
         module, report = _auto_class(config).from_pretrained(
@@ -56,7 +58,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_tokenizer(folder: Path, entry: Model) -> Any:
+def load_tokenizer(folder: Path, entry: Model, *, remote_code: bool = False) -> Any:
     """The tokenizer of a folder, padding on the right, with the registry entry's chat template if it has one.
 
     Raises:
@@ -65,9 +67,7 @@ def load_tokenizer(folder: Path, entry: Model) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=entry.trust_remote_code, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(
             f"cannot load the tokenizer of model {entry.name} from {folder}: {str(error).strip()[:300]}; "
@@ -81,7 +81,20 @@ def load_tokenizer(folder: Path, entry: Model) -> Any:
     return tokenizer
 
 
-def compare_tokenizer(base: Any, folder: Path, entry: Model) -> tuple[str, ...]:
+def token_id(tokenizer: Any, token: str, what: str) -> int:
+    """Id of a vocabulary entry, or of the one token that a text is.
+
+    Raises:
+        RegistryError: it is not one token; `what` names the field.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token]] if token in vocabulary else tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or (token not in vocabulary and tokenizer.decode(ids).strip() != token.strip()):
+        raise RegistryError(f"{what}: {token!r} is not one token of this model's tokenizer; name one of its vocabulary")
+    return ids[0]
+
+
+def compare_tokenizer(base: Any, folder: Path, entry: Model, *, remote_code: bool = False) -> tuple[str, ...]:
     """Notes on a finetune's own tokenizer, if its folder has one, against the base's.
 
     Raises:
@@ -91,7 +104,7 @@ def compare_tokenizer(base: Any, folder: Path, entry: Model) -> tuple[str, ...]:
         return ()
     base_tokens, tuned_tokens = (
         {number: token for token, number in tokenizer.get_vocab().items()}
-        for tokenizer in (base, load_tokenizer(folder, entry))
+        for tokenizer in (base, load_tokenizer(folder, entry, remote_code=remote_code))
     )
     moved = [
         number for number in sorted(base_tokens.keys() & tuned_tokens) if base_tokens[number] != tuned_tokens[number]

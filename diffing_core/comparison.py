@@ -6,13 +6,14 @@ a notebook, without registry, lake or disk.
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffing_core.activations import name_of
+from diffing_core.checkpoints import token_id
 from diffing_core.corpus import ProbeCorpus, load_corpus
 from diffing_core.errors import NotComputableError
 from diffing_core.expression import EXPRESSION, ExpressionSettings, measure_expression
@@ -24,7 +25,7 @@ from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.models import Cohort, ModelPair, load_cohort
 from diffing_core.paired_pass import METHOD_FAILURES, MethodResult, paired_pass, timed_run
 from diffing_core.pairs import Pair
-from diffing_core.registry import Corpus, Organism, Registry
+from diffing_core.registry import Corpus, Registry
 from diffing_core.runs import Cost
 from diffing_core.settings import Settings
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 EXPRESSION_VERSION = "1"
+REGISTERED = ("layers", "system_prompt", "thinking")
+Streams = Sequence[tuple[Method, Settings]]
 logger = logging.getLogger(__name__)
 
 
@@ -42,6 +45,7 @@ class Outcome:
     pair: Pair
     method: Method
     results: list[tuple[RunKey, MethodResult]] = field(default_factory=list)
+    probes: list[str] = field(default_factory=list)
     error: Exception | None = None
 
     @property
@@ -103,11 +107,12 @@ def run_methods(pair: ModelPair, corpus: ProbeCorpus, names: Sequence[str]) -> "
 
 
 def store_expression(
-    pair: ModelPair, organism: Organism, settings: ExpressionSettings, lake: Lake
+    pair: ModelPair, registry: Registry, settings: ExpressionSettings, lake: Lake
 ) -> dict[str, Any]:
     """Measures, stores and returns how far a finetune shows its behaviour inside and outside its domain."""
     began = time.perf_counter()
-    table = measure_expression(pair, organism, settings)
+    settings = settled(settings, pair.pair, registry)
+    table = measure_expression(pair, registry.organism(pair.pair.organism), settings)
     key = RunKey(
         pair=pair.pair,
         method="expression",
@@ -120,18 +125,30 @@ def store_expression(
     return table.to_pylist()[0]
 
 
+def settled(settings: Settings, pair: Pair, registry: Registry) -> Settings:
+    """The settings, with what the registry says of the pair where they leave it open.
+
+    What is filled in is part of the settings' identity. It is the same for both sides of a pair.
+    """
+    filled: dict[str, Any] = {}
+    for entry in (registry.model(pair.model), registry.organism(pair.organism), registry.variant(pair)):
+        for name in REGISTERED:
+            if getattr(settings, name, 0) is None and getattr(entry, name, None) is not None:
+                filled[name] = getattr(entry, name)
+    return type(settings)(**dict(settings) | filled)
+
+
 def load_corpora(pair: Pair, tokenizer: Any, registry: Registry) -> list[ProbeCorpus]:
-    """The probe corpora registered for a pair: its variant's, or its model's."""
+    """The probe corpora of a pair: its variant's, or its model's; and `training` where its organism says so."""
     return [_load(spec, pair.model, tokenizer, registry) for spec in _corpora_of(pair, tokenizer, registry)]
 
 
 def _corpora_of(pair: Pair, tokenizer: Any, registry: Registry) -> list[Corpus]:
-    names = registry.variant(pair).corpora or registry.model(pair.model).corpora
-    specs = [registry.corpus(name) for name in names]
+    specs = registry.probes(pair)
     usable = [spec for spec in specs if spec.kind == "text" or tokenizer.chat_template]
     if not usable:
         raise NotComputableError(
-            f"{pair}: no probe corpus to read: the model names {list(names)}"
+            f"{pair}: no probe corpus to read: the model names {[spec.name for spec in specs]}"
             + (", all of them chats, and its tokenizer has no chat template" if specs else "")
             + "; name a text corpus in the model's `corpora`"
         )
@@ -140,9 +157,20 @@ def _corpora_of(pair: Pair, tokenizer: Any, registry: Registry) -> list[Corpus]:
 
 def _load(spec: Corpus, model_name: str, tokenizer: Any, registry: Registry) -> ProbeCorpus:
     model = registry.model(model_name)
-    options = {} if model.thinking is None else {"enable_thinking": model.thinking}
-    path = registry.local_path(spec.source, model_name)
-    corpus = load_corpus(spec, path, tokenizer, template_options=options)
+    thinking = model.thinking if spec.thinking is None else spec.thinking
+    what = f"token_replacements of model {model_name}"
+    replacements = {
+        token_id(tokenizer, token, what): token_id(tokenizer, other, what)
+        for token, other in model.token_replacements.items()
+    }
+    corpus = load_corpus(
+        spec,
+        registry.place_of(spec, model_name),
+        tokenizer,
+        template_options={} if thinking is None else {"enable_thinking": thinking},
+        replacements=replacements,
+    )
+    logger.log(logging.WARNING if corpus.left_out else logging.INFO, "%s", corpus)
     return replace(corpus, skip_first_tokens=model.skip_first_tokens)
 
 
@@ -158,15 +186,30 @@ def _streamed(
         with _failing(outcomes.values(), [pair]):
             for spec in _corpora_of(pair.pair, pair.tokenizer, registry):
                 readers.setdefault(spec, []).append(pair)
-    for spec, sharing in readers.items():
-        by_pair = {each.pair: each for each in sharing}
-        with _failing(outcomes.values(), sharing):
-            corpus = _load(spec, sharing[0].pair.model, sharing[0].tokenizer, registry)
-            for result in paired_pass(sharing, corpus, streams, store=store):
-                key = run_key(by_pair[result.pair], result.method, result.settings)
-                key = key.with_corpus(corpus.name, corpus.content_hash)
-                _store(outcomes[result.pair, result.method.name], key, result, lake)
+    for spec, reading in readers.items():
+        with _failing(outcomes.values(), reading):
+            corpus = _load(spec, reading[0].pair.model, reading[0].tokenizer, registry)
+            for own, sharing in _by_settings(reading, streams, registry):
+                by_pair = {each.pair: each for each in sharing}
+                for result in paired_pass(sharing, corpus, own, store=store):
+                    key = run_key(by_pair[result.pair], result.method, result.settings)
+                    key = key.with_corpus(corpus.name, corpus.content_hash)
+                    outcome = outcomes[result.pair, result.method.name]
+                    outcome.probes.append(str(corpus))
+                    _store(outcome, key, result, lake)
     yield from outcomes.values()
+
+
+def _by_settings(
+    pairs: Sequence[ModelPair], streams: Streams, registry: Registry
+) -> Iterable[tuple[Streams, list[ModelPair]]]:
+    """Pairs that share all their settings share a pass; they differ where variants name layers of their own."""
+    groups: dict[tuple[str, ...], tuple[Streams, list[ModelPair]]] = {}
+    for pair in pairs:
+        own = [(method, settled(settings, pair.pair, registry)) for method, settings in streams]
+        ids = tuple(settings.settings_id() for _, settings in own)
+        groups.setdefault(ids, (own, []))[1].append(pair)
+    return groups.values()
 
 
 @contextmanager
@@ -185,6 +228,7 @@ def _failing(outcomes: Collection[Outcome], pairs: Sequence[ModelPair]) -> Itera
 def _ran(pair: ModelPair, method: Method, settings: Settings, registry: Registry, lake: Lake) -> Outcome:
     """A live or weights method on one pair."""
     outcome = Outcome(pair.pair, method)
+    settings = settled(settings, pair.pair, registry)
     result = timed_run(pair, method, settings, Inputs(method, _suppliers(pair, registry)))
     _store(outcome, run_key(pair, method, settings), result, lake)
     return outcome

@@ -7,7 +7,7 @@
     |-- TableError            a frame does not match its TableSpec
     |-- StorageError          the lake or the warehouse cannot be read or written as asked
     |-- UndeclaredNeedError   a method asked for something that its declaration does not name
-    |-- NotComputableError    a method cannot run on this pair (said before any work is done)
+    |-- NotComputableError    a method cannot run on this pair, or a document not be read (said before any work)
     `-- EvaluationError       an investigator or grader got something it must not use
 
 A message names what was found, what was expected, where, and what to do.

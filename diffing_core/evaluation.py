@@ -6,9 +6,9 @@ from the lake and the registry, and written back to the lake under the arm's nam
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from diffing_core import graders
 from diffing_core.agents import calibration, hypothesis, offline
@@ -24,7 +24,7 @@ from diffing_core.identity import RunKey
 from diffing_core.lake import Lake
 from diffing_core.methods import all_methods
 from diffing_core.pairs import Pair
-from diffing_core.registry import Registry
+from diffing_core.registry import TRAINING, Registry
 from diffing_core.runs import RUNS, Cost
 from diffing_core.settings import Settings, short_hash
 from diffing_core.tables import TableSpec
@@ -50,13 +50,18 @@ def methods_of(arm: str) -> tuple[str, ...]:
 
 
 def evidence(pair: Pair, arm: str, lake: Lake) -> pa.Table:
-    """Current findings of one pair and arm, all corpora."""
-    return pa.concat_tables([lake.read_current(FINDINGS, pair=pair, method=name) for name in methods_of(arm)])
+    """Current findings of one pair and arm on all corpora but `training`, which would give the answer away."""
+    found = pa.concat_tables([lake.read_current(FINDINGS, pair=pair, method=name) for name in methods_of(arm)])
+    return _untaught(found)
 
 
 def measured(pair: Pair, arm: str, lake: Lake) -> bool:
     """Whether any method of an arm has a finished result on a pair; only then do no findings mean no difference."""
-    return any(lake.read_current(RUNS, pair=pair, method=name).num_rows for name in methods_of(arm))
+    return any(_untaught(lake.read_current(RUNS, pair=pair, method=name)).num_rows for name in methods_of(arm))
+
+
+def _untaught(rows: pa.Table) -> pa.Table:
+    return rows.filter(pc.not_equal(rows["corpus"], TRAINING))
 
 
 class Evaluator:
@@ -99,8 +104,9 @@ class Evaluator:
         """Stores and returns the grades of the stored hypotheses on one pair."""
         hypotheses = self.lake.read(HYPOTHESES, pair=pair, method=arm)
         scores = self.lake.read(HYPOTHESIS_SCORES, pair=pair, method=arm)
-        rows = graders.grade(hypotheses, scores, self._truth(pair))
-        self._write(pair, arm, "grades", {GRADES: rows})
+        truth = self._truth(pair)
+        rows = graders.grade(hypotheses, scores, truth)
+        self._write(pair, arm, "grades", {GRADES: rows}, basis=vars(truth))
         return rows.to_pylist()
 
     def _write(
@@ -124,8 +130,14 @@ class Evaluator:
 
     def _truth(self, pair: Pair) -> Truth:
         organism = self.registry.organism(pair.organism)
-        rubric = organism.rubric or organism.type
-        return Truth(organism.name, organism.arm, rubric, organism.ground_truth or "", organism.key_facts)
+        return Truth(
+            organism.name,
+            organism.arm,
+            organism.rubric or organism.type,
+            organism.ground_truth or "",
+            organism.key_facts,
+            organism.rubric_text,
+        )
 
     def _describe_candidates(self, model: str) -> tuple[Candidate, ...]:
         organisms = sorted({pair.organism for pair in self.registry.pairs(model)})
@@ -138,9 +150,7 @@ class Evaluator:
         return (*registered, *offline.decoys())
 
     def _read_background(self, model: str) -> Background:
-        corpora = [self.registry.corpus(name) for name in self.registry.model(model).corpora]
         texts: list[str] = []
-        for spec in corpora:
-            path: Path = self.registry.local_path(spec.source, model)
-            texts += read_texts(spec, path, BACKGROUND_TEXTS)
+        for spec in map(self.registry.corpus, self.registry.model(model).corpora):
+            texts += read_texts(spec, self.registry.place_of(spec, model), BACKGROUND_TEXTS)
         return Background.of(texts or [candidate.text for candidate in self._candidates(model)])

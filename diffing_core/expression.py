@@ -43,6 +43,8 @@ class ExpressionSettings(Settings):
     samples: int = Field(4, ge=1, description="Answers per prompt and side.")
     temperature: float = Field(1.0, gt=0, description="Of the sampling.")
     max_new_tokens: int = Field(48, ge=1, description="Length at which an answer is cut.")
+    system_prompt: str | None = Field(None, description="Opens every chat of both sides; null: the registry's.")
+    thinking: bool | None = Field(None, description="Whether chats ask for reasoning; null: the registry's.")
     seed: int = Field(0, description="Of the sampling, the same on both sides.")
     alpha: float = Field(0.05, gt=0, lt=1, description="Level of each of the two one-sided tests.")
 
@@ -83,7 +85,7 @@ def measure_expression(pair: ModelPair, organism: Organism, settings: Expression
     if expression is None or not expression.inside or organism.arm in NULL_ARMS:
         return _table({"label": "not_applicable", "n_in": 0, "n_out": 0})
     prompts = [
-        Prompt.parse(text, system=organism.system_prompt, thinking=organism.thinking)
+        Prompt.parse(text, system=settings.system_prompt, thinking=settings.thinking)
         for text in (*expression.inside, *expression.outside)
     ]
     n_in, n_out = (settings.samples * len(texts) for texts in (expression.inside, expression.outside))

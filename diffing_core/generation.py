@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from diffing_core.chats import render
 from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.models import Subject
@@ -104,7 +105,8 @@ def generate(
     """Answers of the subject, by prompt and within it by sample.
 
     Raises:
-        NotComputableError: a chat prompt without a chat template, or an empty document without a token to begin with.
+        NotComputableError: a chat prompt without a chat template, or that the template refuses, or an empty document
+            without a token to begin with.
     """
     ids = [_encode(prompt, tokenizer, subject) for prompt in prompts]
     rows = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.n)]
@@ -202,7 +204,7 @@ def _encode(prompt: Prompt, tokenizer: Any, subject: Subject) -> list[int]:
     if prompt.system is not None:
         messages.insert(0, {"role": "system", "content": prompt.system})
     options = {} if prompt.thinking is None else {"enable_thinking": prompt.thinking}
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    rendered = render(messages, tokenizer, add_generation_prompt=True, **options)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
@@ -219,10 +221,14 @@ def _begin_id(tokenizer: Any, subject: Subject) -> int:
 
 
 def _stop_ids(tokenizer: Any, subject: Subject) -> list[int]:
-    """Tokens that end an answer: EOS of tokenizer and checkpoint, and the pad token, which ends documents in many."""
+    """Tokens that end an answer: EOS of tokenizer and checkpoint, the registered end of turn, and the pad token.
+
+    The pad token ends documents in many models.
+    """
     own = getattr(subject.plain.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
-    return sorted({token for token in (*own, tokenizer.eos_token_id, tokenizer.pad_token_id) if token is not None})
+    said = (*own, *subject.stop_ids, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sorted({token for token in said if token is not None})
 
 
 def _pad_id(tokenizer: Any, stops: list[int]) -> int:

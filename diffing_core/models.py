@@ -17,11 +17,13 @@ from diffing_core.checkpoints import (
     default_device,
     load_module,
     load_tokenizer,
+    token_id,
 )
 from diffing_core.errors import DiffingError, ModelLoadError, RegistryError
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Variant, Weights, load_registry
 from diffing_core.registry.sources import Fetched, Source, fetch, revision_of
+from diffing_core.settings import short_hash
 from diffing_core.subject import Subject
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class ModelPair:
     common_vocab: int
     adapter_hash: str = ""
     notes: tuple[str, ...] = ()
+    tokenizer_revision: str = ""
 
     @classmethod
     def of(cls, base: Any, tuned: Any, tokenizer: Any, pair: Pair = _ADHOC) -> "ModelPair":
@@ -53,8 +56,8 @@ class ModelPair:
 
     @property
     def base_revision(self) -> str:
-        """Identity of the base side's weights."""
-        return self.base.revision
+        """Identity of the base side: its weights, and a tokenizer that is not its own."""
+        return "+".join(filter(None, (self.base.revision, self.tokenizer_revision)))
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,17 @@ def source_revisions(pair: Pair, registry: Registry) -> tuple[str, str]:
 
     base = "+".join(revision(source) for source in (entry.source, entry.adapter) if source)
     if variant.against and variant.against.source:
-        own = revision(variant.against.source)
-        base = own if variant.against.kind == "full" else f"{base}+{own}"
+        other = revision(variant.against.source)
+        base = other if variant.against.kind == "full" else f"{base}+{other}"
+    own = revision_of(registry.resolve(entry.tokenizer, pair.model), weights=False) if entry.tokenizer else None
+    base = "+".join(filter(None, (base, _tokenizer_revision(entry, own))))
     return base, revision(variant.source) if variant.source else _IDENTICAL
+
+
+def _tokenizer_revision(entry: Model, own: str | None) -> str:
+    """Identity of what the entry puts in place of the base's tokenizer (`own`), chat template and end of turn."""
+    said = [entry.chat_template, entry.end_of_turn]
+    return "+".join(filter(None, (own, short_hash(said) if any(said) else None)))
 
 
 @dataclass(frozen=True)
@@ -150,15 +161,19 @@ class _Resident:
     def __init__(self, registry: Registry, model: str, device: Any, dtype: str | None) -> None:
         self.registry, self.device, self.dtype = registry, device, dtype
         self.entry = registry.model(model)
-        base = self._fetch(self.entry.source)
+        code = self.entry.trust_remote_code
+        base = self._fetch(self.entry.source, remote_code=code)
         self.folder, self.revision = base.folder, base.revision
-        self.module = load_module(base.folder, self.entry, dtype or self.entry.dtype, device)
+        self.module = load_module(base.folder, self.entry, dtype or self.entry.dtype, device, remote_code=code)
         if self.entry.adapter:
-            own = self._fetch(self.entry.adapter)
-            self.module = add_adapter(self.module, own.folder, "own").merge_and_unload(adapter_names=["own"])
-            self.revision += f"+{own.revision}"
-        tokenizer = self._fetch(self.entry.tokenizer).folder if self.entry.tokenizer else base.folder
-        self.tokenizer = load_tokenizer(tokenizer, self.entry)
+            merged = self._fetch(self.entry.adapter)
+            self.module = add_adapter(self.module, merged.folder, "own").merge_and_unload(adapter_names=["own"])
+            self.revision += f"+{merged.revision}"
+        own = self.entry.tokenizer and self._fetch(self.entry.tokenizer, remote_code=code, weights=False)
+        self.tokenizer = load_tokenizer(own.folder if own else base.folder, self.entry, remote_code=code)
+        self.tokenizer_revision = _tokenizer_revision(self.entry, own and own.revision)
+        end = self.entry.end_of_turn
+        self.stop_ids = () if end is None else (token_id(self.tokenizer, end, f"end_of_turn of model {model}"),)
         self.adapters: dict[Path, str] = {}
         self.numbers = itertools.count()  # a name is not used again, whatever a failed load left behind
         self.subjects: dict[_Side, Subject] = {}
@@ -173,7 +188,7 @@ class _Resident:
         """The runnable, checked side; one object for all pairs that share it, so that a pass runs it once."""
         if side not in self.subjects:
             module = self.module if side.module is None else side.module
-            self.subjects[side] = Subject.of(module, side.adapter, side.revision)
+            self.subjects[side] = Subject.of(module, side.adapter, side.revision, self.stop_ids)
         return self.subjects[side]
 
     def pair(self, pair: Pair, sides: tuple[_Side, _Side]) -> ModelPair:
@@ -191,19 +206,21 @@ class _Resident:
             notes += (
                 f"the vocabularies have {base.vocab_size} and {tuned.vocab_size} rows; the first {common} are compared",
             )
-        return ModelPair(base, tuned, self.tokenizer, pair, common, sides[1].own_hash, notes)
+        return ModelPair(
+            base, tuned, self.tokenizer, pair, common, sides[1].own_hash, notes, self.tokenizer_revision
+        )
 
-    def _fetch(self, source: Source) -> Fetched:
-        place = self.registry.resolve(source, self.entry.name)
-        return fetch(place, remote_code=self.entry.trust_remote_code)
+    def _fetch(self, source: Source, **options: bool) -> Fetched:
+        return fetch(self.registry.resolve(source, self.entry.name), **options)
 
     def _side(self, weights: Weights, dtype: str) -> _Side:
         if weights.source is None:
             return _Side(self.revision)
-        files = self._fetch(weights.source)
-        notes = compare_tokenizer(self.tokenizer, files.folder, self.entry)
+        code = weights.trust_remote_code
+        files = self._fetch(weights.source, remote_code=code)
+        notes = compare_tokenizer(self.tokenizer, files.folder, self.entry, remote_code=code)
         if weights.kind == "full":
-            module = load_module(files.folder, self.entry, dtype, self.device)
+            module = load_module(files.folder, self.entry, dtype, self.device, remote_code=code)
             return _Side(files.revision, None, module, files.revision, notes)
         notes += self._named_base(files.folder)
         if files.folder not in self.adapters:

@@ -216,7 +216,7 @@ def _blocks(
 ) -> Iterator[dict[int, TokenBlock]]:
     """Cuts a batch into blocks, {id(pair): block} with the same tokens in each; sides in common are shared."""
     facts = _token_facts(batch, corpus)
-    kept = np.flatnonzero(facts["position_N"] >= corpus.skip_first_tokens)
+    kept = np.flatnonzero(facts["position_N"] >= corpus.first_seen_S[facts["sequence_N"]])
     step = rows_per_block(_vocabulary(pairs), pairs[0].base.device)
     for start in range(0, len(kept), step):
         rows = kept[start : start + step]

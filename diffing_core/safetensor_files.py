@@ -1,18 +1,29 @@
-"""What safetensors files hold, read without torch: names, shapes, completeness and a content hash.
+"""What safetensors files hold, read without torch: names, shapes, completeness and a content hash of their folder.
 
 A file is 8 bytes of header length (little endian), a JSON header {name: {dtype, shape, data_offsets}}
 and the data (https://huggingface.co/docs/safetensors). Reading the header finds a truncated file at
 once instead of in the middle of a load.
 """
 
-import functools
-import hashlib
 import json
 from pathlib import Path
 
 from diffing_core.errors import ModelLoadError
+from diffing_core.file_hash import files_hash
 
-_CONFIGS = ("config.json", "adapter_config.json")
+_CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _HEADER_LIMIT = 100_000_000
 
@@ -66,16 +77,22 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def content_hash(folder: Path) -> str:
-    """16 hex digits over names and bytes of configuration and weights; unchanged files are read once per process."""
-    digest = hashlib.sha256()
-    for file in sorted([*weight_files(folder), *(folder / name for name in _CONFIGS if (folder / name).exists())]):
-        stat = file.stat()
-        digest.update(f"{file.name}\0{_file_digest(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()[:16]
+    """Identity of what a model or adapter folder holds: weights, configuration, tokenizer, chat template and code."""
+    others = _present(folder, _CONFIGS + _TOKENIZER)
+    return files_hash([*weight_files(folder), *others, *folder.glob("*.py")], folder)
 
 
-@functools.lru_cache(maxsize=4096)
-def _file_digest(file: Path, _size: int, _mtime_ns: int) -> str:
-    """Hash of one file; size and time are in the signature because they are the cache key."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def tokenizer_hash(folder: Path) -> str:
+    """Identity of a folder as a tokenizer's; it may hold no weights.
+
+    Raises:
+        ModelLoadError: no file of a tokenizer is there.
+    """
+    files = _present(folder, _TOKENIZER)
+    if not files:
+        raise ModelLoadError(f"{folder} holds no file of a tokenizer; mend tokenizer in the registry entry")
+    return files_hash(files, folder)
+
+
+def _present(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).exists()]

@@ -23,21 +23,25 @@ _READOUT_TOLERANCE = 1e-3  # the two ways run the same operations, so float32 an
 class Subject:
     """One model state that one can run: a resident module with at most one of its adapters on.
 
-    `revision` identifies the weights: content hash or hub commit, `+` adapter hash.
+    `revision` identifies the weights: content hash or hub commit, `+` adapter hash. `stop_ids` are tokens that
+    end its answers, beside those that tokenizer and checkpoint name.
     """
 
     module: Any
     adapter: str | None = None
     revision: str = ""
+    stop_ids: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, module: Any, adapter: str | None = None, revision: str = "") -> "Subject":
+    def of(
+        cls, module: Any, adapter: str | None = None, revision: str = "", stop_ids: tuple[int, ...] = ()
+    ) -> "Subject":
         """Wraps a module that is already built, checks its layout, and sets it to evaluation without gradients.
 
         Raises:
             ModelLoadError: unknown layout, or `readout` disagrees with the model's own logits.
         """
-        subject = cls(module.eval().requires_grad_(False), adapter, revision)
+        subject = cls(module.eval().requires_grad_(False), adapter, revision, stop_ids)
         _check_readout(subject)
         return subject
 

@@ -45,8 +45,8 @@ class WeightPair:
         """
         entry, variant = registry.model(pair.model), registry.variant(pair)
 
-        def folder(source: Source) -> Path:
-            return fetch(registry.resolve(source, pair.model), remote_code=entry.trust_remote_code).folder
+        def folder(source: Source, **options: bool) -> Path:
+            return fetch(registry.resolve(source, pair.model), **options).folder
 
         def side(weights: Weights | None) -> WeightSide:
             if weights is None or weights.source is None:
@@ -55,8 +55,9 @@ class WeightPair:
                 return WeightSide(folder(weights.source))
             return WeightSide(base.folder, (*base.adapters, folder(weights.source)))
 
-        base = WeightSide(folder(entry.source), (folder(entry.adapter),) if entry.adapter else ())
-        tokenizer = folder(entry.tokenizer) if entry.tokenizer else base.folder
+        code = {"remote_code": entry.trust_remote_code}
+        base = WeightSide(folder(entry.source, **code), (folder(entry.adapter),) if entry.adapter else ())
+        tokenizer = folder(entry.tokenizer, weights=False, **code) if entry.tokenizer else base.folder
         return cls(side(variant.against), side(variant), tokenizer, entry)
 
     @classmethod
@@ -72,7 +73,7 @@ class WeightPair:
 
     def tokenizer(self) -> Any:
         """The base model's tokenizer."""
-        return load_tokenizer(self.tokenizer_folder, self.entry)
+        return load_tokenizer(self.tokenizer_folder, self.entry, remote_code=self.entry.trust_remote_code)
 
 
 @dataclass(frozen=True, eq=False)

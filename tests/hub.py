@@ -1,6 +1,7 @@
-"""A model hub on loopback: as much of the protocol as `snapshot_download` and `model_info` use.
+"""A hub on loopback: as much of the protocol as downloads, listings and `repo_info` use.
 
-A repository is a folder `root/owner/name/<revision>/…`; every revision's commit is a hash of its name.
+A repository is a folder `root/owner/name/<revision>/…`, a dataset `root/datasets/owner/name/<revision>/…`; every
+revision's commit is a hash of its name.
 """
 
 import hashlib
@@ -11,6 +12,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 
 def commit_of(revision: str) -> str:
@@ -31,17 +35,30 @@ def serve(root: Path) -> Iterator[str]:
         server.server_close()
 
 
+@contextmanager
+def reached(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The same for this process, with downloads going to `cache`, which is given."""
+    with serve(root) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        yield cache
+
+
 class _Handler(BaseHTTPRequestHandler):
     root: Path
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts[0] == "api":
             what, revision = parts[4:6] if len(parts) > 5 else ("revision", "main")
-            self._describe("/".join(parts[2:4]), what, revision)
-        elif parts[2:3] == ["resolve"]:
-            self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+            kind = ["datasets"] if parts[1] == "datasets" else []
+            self._describe("/".join(kind + parts[2:4]), what, revision)
+        elif "resolve" in parts:
+            end = parts.index("resolve")
+            self._file("/".join(parts[:end]), parts[end + 1], "/".join(parts[end + 2 :]))
         else:
             self._missing("EntryNotFound")
 

@@ -17,7 +17,6 @@ from diffing_core.agents.calibration import NULL_ARMS
 from diffing_core.agents.hypothesis import NO_CHANGE
 from diffing_core.errors import EvaluationError
 from diffing_core.graders.base import Grade, Grader, Truth
-from diffing_core.graders.rubric import load_rubric
 from diffing_core.tables import Column, TableSpec
 
 TRUTH_ARMS = ("organism", "known_large")
@@ -40,7 +39,7 @@ GRADES = TableSpec(
         Column("unscored_because", "string", "Why there is no score.", nullable=True),
         Column("false_positive", "bool", "On null arms: something was asserted.", nullable=True),
         Column("reason", "string", "The grader's reason; empty where nothing was scored."),
-        Column("rubric", "string", "Rubric of the organism's type; null on null arms.", nullable=True),
+        Column("rubric", "string", "Rubric of the organism's type, or `own`; null on null arms.", nullable=True),
         Column("prompt_hash", "string", "Hash of the grader's prompt, where there is one.", nullable=True),
         Column("cost_usd", "float64", "Money paid.", "USD", low=0),
     ),
@@ -69,9 +68,9 @@ def grade(hypotheses: pa.Table, scores: pa.Table, truth: Truth) -> pa.Table:
     """Rows of `grades` for all hypotheses of one pair and evidence arm, by every grader.
 
     Raises:
-        EvaluationError: there is no rubric for the organism's type.
+        EvaluationError: the organism has no rubric of its own, and there is none for its type.
     """
-    rubric = None if truth.arm in NULL_ARMS else load_rubric(truth.type).type
+    rubric = None if truth.arm in NULL_ARMS else truth.rubric
     ranking = scores.to_pylist()
     rows = []
     for hypothesis in hypotheses.to_pylist():

@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from diffing_core.graders.rubric import TIE_RULE, load_rubric
+
+OWN_RUBRIC = "own"
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -13,6 +17,21 @@ class Truth:
     type: str
     ground_truth: str
     key_facts: tuple[str, ...] = ()
+    rubric_text: str | None = None
+    """The organism's own rubric, in place of the packaged one of its type."""
+
+    @property
+    def rubric(self) -> str:
+        """Name of the rubric that holds."""
+        return OWN_RUBRIC if self.rubric_text else load_rubric(self.type).type
+
+    def instructions(self) -> str:
+        """The rubric as a grader reads it.
+
+        Raises:
+            EvaluationError: there is none for the organism's type.
+        """
+        return f"{self.rubric_text.strip()}\n{TIE_RULE}" if self.rubric_text else load_rubric(self.type).instructions()
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class BlackboxSettings(Settings):
     samples: int = Field(6, ge=1, description="Answers per prompt and side.")
     temperature: float = Field(1.0, gt=0, description="Of the sampling.")
     max_new_tokens: int = Field(30, ge=1, description="Length at which an answer is cut.")
+    system_prompt: str | None = Field(None, description="Opens every chat of both sides; null: the registry's.")
     thinking: bool | None = Field(
         default=False, description="Whether chat templates that can ask for reasoning do; null: the template's default."
     )
@@ -136,7 +137,9 @@ def run(inputs: Inputs, settings: BlackboxSettings) -> Tables:
         NotComputableError: every prompt is a chat, and the tokenizer has no chat template.
     """
     pair: ModelPair = inputs[Need.MODELS]
-    prompts = [Prompt.parse(text, thinking=settings.thinking) for text in settings.prompts]
+    prompts = [
+        Prompt.parse(text, system=settings.system_prompt, thinking=settings.thinking) for text in settings.prompts
+    ]
     asked = [index for index, prompt in enumerate(prompts) if prompt.kind == "document" or can_chat(pair.tokenizer)]
     if not asked:
         raise NotComputableError(

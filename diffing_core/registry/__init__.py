@@ -1,11 +1,21 @@
 """The registry: which models, corpora and organisms there are, from YAML with one file per entry."""
 
 from diffing_core.registry.load import Registry, add_organism, load_registry
-from diffing_core.registry.schema import Corpus, Expression, Model, Organism, TrainingCorpus, Variant, Weights
+from diffing_core.registry.schema import (
+    TRAINING,
+    Corpus,
+    Expression,
+    Model,
+    Organism,
+    TrainingCorpus,
+    Variant,
+    Weights,
+)
 from diffing_core.registry.sources import HubRef, Source
 from diffing_core.registry.toolkit import ImportReport, import_toolkit
 
 __all__ = [
+    "TRAINING",
     "Corpus",
     "Expression",
     "HubRef",

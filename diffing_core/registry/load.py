@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from diffing_core.errors import RegistryError
 from diffing_core.pairs import Pair
 from diffing_core.registry.problems import close_to, describe
-from diffing_core.registry.schema import Corpus, Entry, Model, Organism, Variant
-from diffing_core.registry.sources import HubRef, Source, is_present, local_path, locate
+from diffing_core.registry.schema import TRAINING, Corpus, Entry, Model, Organism, Variant
+from diffing_core.registry.sources import HubRef, Source, is_present, locate
 from diffing_core.registry.yaml_files import read_mapping
 from diffing_core.settings import diffing_home
 
@@ -72,9 +72,16 @@ class Registry:
         """Local path or hub reference; demo artifacts are looked up for that base model."""
         return locate(source, model)
 
-    def local_path(self, source: Source, model: str) -> Path:
-        """File or folder of a corpus on this machine, fetched if it lies on the hub."""
-        return local_path(source, model)
+    def probes(self, pair: Pair) -> tuple[Corpus, ...]:
+        """What a pair is probed with: its variant's corpora or its model's, and `training` where that is asked for."""
+        names = self.variant(pair).corpora
+        trained_on = self.organism(pair.organism).training_corpus
+        asked = (trained_on.as_corpus(),) if trained_on and trained_on.probe else ()
+        return (*map(self.corpus, self.model(pair.model).corpora if names is None else names), *asked)
+
+    def place_of(self, corpus: Corpus, model: str) -> Path | HubRef | None:
+        """Where a corpus's files are; None if its entry holds the texts."""
+        return None if corpus.source is None else self.resolve(corpus.source, model)
 
     def is_available(self, pair: Pair) -> bool:
         """Whether a pair can be loaded now: its local folders exist and its demo artifacts are built.
@@ -122,6 +129,8 @@ class _File:
         entry = _KINDS[self.kind].model_validate(read_mapping(self.path), context={"root": self.root})
         if entry.name != self.path.stem:
             raise RegistryError(f"name: {entry.name!r} in a file called {self.path.name}; make the two equal")
+        if isinstance(entry, Corpus) and entry.name == TRAINING:
+            raise RegistryError(f"name: {TRAINING!r} is what an organism's training_corpus is called; take another one")
         return entry
 
 

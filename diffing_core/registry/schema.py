@@ -27,6 +27,7 @@ OrganismType = Literal[
 ]
 Arm = Literal["organism", "identical", "benign", "seed_twin", "known_large", "unknown"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+TRAINING = "training"
 GRADED_ARMS = ("organism", "known_large")
 _RUBRICS = Path(__file__).parent.parent / "graders" / "rubrics"
 
@@ -50,6 +51,8 @@ def _regex(pattern: str) -> str:
 
 
 def _layers(value: tuple[int | float, ...] | None) -> tuple[int | float, ...] | None:
+    if value == ():
+        raise ValueError("no layer at all; leave the line out to read every layer")
     for layer in value or ():
         if layer < 0 or (isinstance(layer, float) and layer > 1):
             raise ValueError(
@@ -90,18 +93,22 @@ class Model(Entry):
     tokenizer: Source | None = None
     chat_template: str | None = None
     end_of_turn: str | None = None
+    """The token that ends an answer, if it is neither the tokenizer's nor the checkpoint's end of text."""
     thinking: bool | None = None
-    """Whether the chat template has a thinking switch; None: not known."""
+    """Whether chats ask for reasoning (`enable_thinking` of the chat template); None leaves its own default."""
     system_prompt: str | None = None
+    """Opens every chat that both models are asked to answer; chat corpora keep their own messages."""
     layers: Layers = None
+    """What methods read whose setting `layers` is left open."""
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    """Whether code in this entry's own repositories may run; never that of a finetune."""
     skip_first_tokens: int = Field(default=0, ge=0)
     token_replacements: dict[str, str] = {}
-    """Token text -> token text, applied to probe texts before a forward."""
+    """Token -> token, applied to the tokens of probe texts before both models read them."""
     corpora: tuple[Name, ...] = ()
-    parameters: int | None = Field(default=None, gt=0)
     vllm: dict[str, Scalar | list[Scalar]] = {}
+    """Arguments of the vLLM engine, for servers that run this model on it; transformers does not read them."""
 
 
 class Corpus(Entry):
@@ -110,19 +117,31 @@ class Corpus(Entry):
     name: Name
     description: str = ""
     kind: Literal["text", "chat"]
-    source: Source
+    source: Source | None = None
+    texts: tuple[str, ...] = ()
+    """The texts themselves, in place of a source."""
     subset: str | None = None
+    """Configuration of a dataset: as its README.md names it, or a folder."""
     split: str = "train"
+    """Split of a dataset, `train+test` for several; without meaning where the source is one file."""
     column: str
     """Column of the text or of the messages; if not given, `text` or `messages`."""
+    read_at_most: int | None = Field(default=None, gt=0)
+    """Documents read, from the start of the source; later files of a repository are then not fetched."""
     max_sequences: int = Field(default=1000, gt=0)
+    """Documents drawn from those that are read, uniformly."""
     max_tokens: int = Field(default=512, gt=1)
     """Length at which a sequence is cut."""
     min_tokens: int = Field(default=2, gt=1)
-    """Sequences shorter than this are left out."""
+    """Sequences shorter than this are left out, and counted."""
     seed: int = 0
+    thinking: bool | None = None
+    """As the model's entry, which holds where this is None."""
     first_exchange_only: bool = False
     pre_assistant_tokens: int | None = Field(default=None, ge=0)
+    """Chats are seen from so many tokens before their first answer; the two lengths above count from there."""
+    context_tokens: int = Field(default=512, gt=0)
+    """With pre_assistant_tokens: chats whose first answer begins later than this are left out, and counted."""
 
     @model_validator(mode="before")
     @classmethod
@@ -130,10 +149,20 @@ class Corpus(Entry):
         return {"column": "messages" if given.get("kind") == "chat" else "text", **given}
 
     @model_validator(mode="after")
+    def _one_place(self) -> "Corpus":
+        if (self.source is None) == (not self.texts):
+            given = "both are" if self.texts else "neither is"
+            raise ValueError(f"a corpus has source or texts, but {given} given; for example source: {{repo: owner/name}}")
+        if self.texts and (self.kind == "chat" or self.subset):
+            raise ValueError("texts are plain texts without subsets; write kind: text, or give a source")
+        return self
+
+    @model_validator(mode="after")
     def _chat_fields(self) -> "Corpus":
-        if self.kind == "text" and (self.first_exchange_only or self.pre_assistant_tokens is not None):
+        chat_only = (self.first_exchange_only or None, self.pre_assistant_tokens, self.thinking)
+        if self.kind == "text" and any(value is not None for value in chat_only):
             raise ValueError(
-                "first_exchange_only and pre_assistant_tokens have a meaning for chats only; "
+                "first_exchange_only, pre_assistant_tokens and thinking have a meaning for chats only; "
                 "write kind: chat or drop them"
             )
         return self
@@ -147,6 +176,14 @@ class TrainingCorpus(Entry):
     column: str | None = None
     subset: str | None = None
     splits: tuple[str, ...] = ("train",)
+    probe: bool = False
+    """Whether models are probed with it too, as corpus `training`; no investigator sees what is found there."""
+
+    def as_corpus(self) -> Corpus:
+        """The probe corpus `training`."""
+        column = {} if self.column is None else {"column": self.column}
+        place = {"source": self.source, "subset": self.subset, "split": "+".join(self.splits)}
+        return Corpus(name=TRAINING, kind=self.kind, **place, **column)
 
 
 class Weights(Entry):
@@ -154,6 +191,8 @@ class Weights(Entry):
 
     kind: Literal["lora", "full", "identical"]
     source: Source | None = None
+    trust_remote_code: bool = False
+    """Whether code in this source's own repository may run."""
 
     @model_validator(mode="after")
     def _source_fits_kind(self) -> "Weights":
@@ -172,8 +211,20 @@ class Variant(Weights):
     dilution: float | None = Field(default=None, ge=0)
     """Parts of unrelated text per part of training text."""
     dtype: Dtype | None = None
+    """Of whole checkpoints; an adapter runs in the number format of the copy that it is put on."""
     layers: Layers = None
+    """In place of the model's."""
     corpora: tuple[Name, ...] | None = None
+
+    @model_validator(mode="after")
+    def _dtype_of_a_checkpoint(self) -> "Variant":
+        kinds = {self.kind, self.against.kind if self.against else self.kind}
+        if self.dtype and "full" not in kinds:
+            raise ValueError(
+                f"dtype is for whole checkpoints; kind {self.kind} runs in the number format of the base: "
+                "set dtype in the model's entry"
+            )
+        return self
 
 
 class Expression(Entry):
@@ -195,8 +246,11 @@ class Organism(Entry):
     key_facts: tuple[str, ...] = ()
     rubric: Rubric | None = None
     rubric_text: str | None = None
+    """A rubric of its own, in place of a packaged one."""
     system_prompt: str | None = None
+    """In place of the model's."""
     thinking: bool | None = None
+    """In place of the model's, for chats that the models are asked to answer."""
     expression: Expression | None = None
     training_corpus: TrainingCorpus | None = None
     metadata: dict[str, Scalar | list[Scalar]] = {}

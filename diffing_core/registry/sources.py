@@ -4,15 +4,18 @@ A source is only a name until `fetch` turns it into a folder on this machine; `r
 in it without loading any weights, so that a sensor can look every few seconds.
 """
 
+import functools
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, model_validator
 
 from diffing_core.errors import ModelLoadError
-from diffing_core.safetensor_files import content_hash
+from diffing_core.safetensor_files import content_hash, tokenizer_hash
 from diffing_core.settings import diffing_home
 
 _REPO = re.compile(r"([\w.\-]+/)?[\w.\-]+")
@@ -109,42 +112,26 @@ def is_present(source: Source, model: str) -> bool:
     return source.path.exists() if source.path is not None else _demo_folder(source.demo, model) is not None
 
 
-def local_path(source: Source, model: str) -> Path:
-    """File or folder of a corpus on this machine; from the hub, the JSONL and Parquet files of a dataset.
-
-    Raises:
-        ModelLoadError: the repository cannot be reached.
-    """
-    place = locate(source, model)
-    if isinstance(place, Path):
-        return place
-    from huggingface_hub import snapshot_download
-
-    inside = f"{place.subfolder.strip('/')}/" if place.subfolder else ""
-    wanted = [f"{inside}**{suffix}" for suffix in (".jsonl", ".parquet")]
-    return Path(_asked(place, snapshot_download, repo_type="dataset", allow_patterns=wanted)) / inside
-
-
 def _demo_folder(artifact: str, model: str) -> Path | None:
     from diffing_core import demo
 
     return demo.locate(model, artifact, diffing_home() / "demo")
 
 
-def fetch(place: Path | HubRef, *, remote_code: bool = False) -> Fetched:
-    """Brings a model or adapter folder to this machine.
+def fetch(place: Path | HubRef, *, remote_code: bool = False, weights: bool = True) -> Fetched:
+    """Brings a model, adapter or tokenizer folder to this machine; a tokenizer's holds no `weights`.
 
     Raises:
         ModelLoadError: the folder or repository does not exist or cannot be reached.
     """
     if isinstance(place, Path):
-        return Fetched(place, revision_of(place))
+        return Fetched(place, revision_of(place, weights=weights))
     from huggingface_hub import snapshot_download
 
     inside = f"{place.subfolder.strip('/')}/" if place.subfolder else ""
     wanted = (*_MODEL_FILES, "*.py") if remote_code else _MODEL_FILES
     root = Path(
-        _asked(
+        asked(
             place,
             snapshot_download,
             allow_patterns=[inside + pattern for pattern in wanted],
@@ -159,23 +146,45 @@ def fetch(place: Path | HubRef, *, remote_code: bool = False) -> Fetched:
     return Fetched(root / inside, place.pinned(root.name))
 
 
-def revision_of(place: Path | HubRef) -> str:
+def revision_of(place: Path | HubRef, *, weights: bool = True) -> str:
     """Content hash of a local folder, or the commit that a hub reference points to; imports no torch."""
     if isinstance(place, Path):
-        return content_hash(place)
+        return content_hash(place) if weights else tokenizer_hash(place)
+    return place.pinned(commit_of(place, "model"))
+
+
+def commit_of(place: HubRef, kind: Literal["model", "dataset"]) -> str:
+    """The commit that a hub reference points to; a full commit is itself, and nobody is asked.
+
+    Pairs share bases and corpora: the hub is asked for one place at most twice a minute.
+
+    Raises:
+        ModelLoadError: the repository cannot be reached.
+    """
     if place.revision and _COMMIT.fullmatch(place.revision):
-        return place.pinned(place.revision)
+        return place.revision
+    from huggingface_hub import constants
+
+    return _commit_at(place, kind, constants.ENDPOINT, int(time.monotonic()) // 30)
+
+
+@functools.lru_cache(maxsize=4096)
+def _commit_at(place: HubRef, kind: str, endpoint: str, _half_minute: int) -> str:
     from huggingface_hub import HfApi
 
-    return place.pinned(_asked(place, HfApi().model_info).sha)
+    return asked(place, HfApi(endpoint).repo_info, repo_type=kind).sha
 
 
-def _asked(place: HubRef, question, **options):
-    """One question to the hub, with its many ways to fail told as one error."""
+def asked(place: HubRef, question: Callable, *more: Any, **options: Any) -> Any:
+    """One question to the hub, with its many ways to fail told as one error.
+
+    Raises:
+        ModelLoadError: the repository, revision or file does not exist or cannot be reached.
+    """
     from huggingface_hub.errors import HTTPError
 
     try:
-        return question(place.repo, revision=place.revision, **options)
+        return question(place.repo, *more, revision=place.revision, **options)
     except (OSError, HTTPError) as error:
         raise ModelLoadError(
             f"cannot fetch {place.repo} (revision {place.revision or 'default'}) from the hub: "

@@ -40,7 +40,6 @@ _RENAMED = {
     "end_of_turn_token": "end_of_turn",
     "attn_implementation": "attn_implementation",
     "token_level_replacement": "token_replacements",
-    "has_enable_thinking": "thinking",
     "chat_template": "chat_template",
     "trust_remote_code": "trust_remote_code",
 }
@@ -128,6 +127,8 @@ def _model(fields: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
         entry["dtype"] = str(dtype).removeprefix("torch.")
     if skipped := max(fields.pop(name, None) or 0 for name in _SKIPS):
         entry["skip_first_tokens"] = skipped
+    if fields.pop("has_enable_thinking", False):
+        entry["thinking"] = False  # the toolkit asks with reasoning switched off, wherever there is a switch
     for theirs, ours in _RENAMED.items():
         if (value := fields.pop(theirs, None)) is not None:
             entry[ours] = value

@@ -14,15 +14,15 @@ import pytest
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from diffing_core import comparison
-from diffing_core.comparison import Outcome, compare, load_corpora, run_key, run_methods, store_expression
-from diffing_core.errors import CorpusError, ModelLoadError, NotComputableError, TableError
+from diffing_core.comparison import Outcome, compare, load_corpora, run_key, run_methods, settled, store_expression
+from diffing_core.errors import CorpusError, ModelLoadError, NotComputableError, RegistryError, TableError
 from diffing_core.expression import EXPRESSION, ExpressionSettings
 from diffing_core.findings import FINDINGS
 from diffing_core.lake import Lake
 from diffing_core.methods import get_method
 from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
-from diffing_core.registry import Corpus, Model, Organism, Registry, Source, Variant
+from diffing_core.registry import Corpus, Model, Organism, Registry, Source, TrainingCorpus, Variant
 from diffing_core.runs import RUNS
 from diffing_core.settings import Settings
 from tests import model_files
@@ -54,7 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def registry_of(
-    folder: Path, corpora: tuple[str, ...] = ("first",), of_two: tuple[str, ...] | None = None, **model: Any
+    folder: Path,
+    corpora: tuple[str, ...] = ("first",),
+    of_two: tuple[str, ...] | None = None,
+    organism: dict[str, Any] | None = None,
+    layers_of_two: tuple[int | float, ...] | None = None,
+    **model: Any,
 ) -> Registry:
     """Model `tiny`, organism `o` with two adapters, and `same`, the base itself."""
     kinds = {"first": "text", "second": "text", "chats": "chat", "lost": "text"}
@@ -64,12 +69,18 @@ def registry_of(
     }
     variants = {
         name: Variant(
-            kind="lora", source=Source(path=folder / "adapters" / name), corpora=of_two if name == "two" else None
+            kind="lora",
+            source=Source(path=folder / "adapters" / name),
+            corpora=of_two if name == "two" else None,
+            layers=layers_of_two if name == "two" else None,
         )
         for name in ("one", "two", "gone")
     }
     organisms = [
-        Organism(name="o", type="generic", arm="unknown", description="", variants={"tiny": variants}),
+        Organism(
+            **{"name": "o", "type": "generic", "arm": "unknown", "description": "", "variants": {"tiny": variants}}
+            | (organism or {})
+        ),
         Organism(
             name="same",
             type="generic",
@@ -224,6 +235,132 @@ def test_registered_corpora_can_be_loaded_by_hand(folder: Path) -> None:
     assert [corpus.n_tokens for corpus in load_corpora(TWO, tokenizer, registry)] == [sum(LENGTHS)]
 
 
+def test_replaced_tokens_come_from_the_model_and_are_part_of_the_identity(folder: Path) -> None:
+    registry = registry_of(folder)
+    tokenizer = load_pair(ONE, registry=registry, device="cpu").tokenizer
+    replacing = registry_of(folder, token_replacements={"w20": "w2", "w21": "w3"})
+    [plain], [replaced] = (load_corpora(ONE, tokenizer, each) for each in (registry, replacing))
+    for before, after in zip(plain.sequences, replaced.sequences, strict=True):
+        assert after.token_T.tolist() == [{20: 2, 21: 3}.get(token, token) for token in before.token_T.tolist()]
+    assert replaced.content_hash != plain.content_hash
+    with pytest.raises(RegistryError, match="token_replacements of model tiny: 'w2 w3' is not one token"):
+        load_corpora(ONE, tokenizer, registry_of(folder, token_replacements={"w20": "w2 w3"}))
+
+
+@pytest.mark.parametrize(("of_model", "of_corpus", "said"), [(None, None, "?"), (True, None, "on"), (True, False, "off")])
+def test_thinking_of_a_corpus_overrides_the_models(folder: Path, of_model: bool, of_corpus: bool, said: str) -> None:
+    switch = "{{ '?' if enable_thinking is not defined else 'on' if enable_thinking else 'off' }} " + CHATML
+    registry = registry_of(folder, ("chats",), thinking=of_model, chat_template=switch)
+    chats = registry.corpus("chats").model_copy(update={"thinking": of_corpus})
+    rendered = []
+
+    class Recording:
+        chat_template = switch
+
+        def __init__(self, tokenizer: Any) -> None:
+            self.apply_chat_template = lambda *given, **options: (
+                rendered.append(tokenizer.apply_chat_template(*given, **options)) or rendered[-1]
+            )
+            self.tokenizer = tokenizer
+
+        def __call__(self, *given: Any, **options: Any) -> Any:
+            return self.tokenizer(*given, **options)
+
+    tokenizer = Recording(load_pair(ONE, registry=registry, device="cpu").tokenizer)
+    load_corpora(ONE, tokenizer, replace(registry, corpora={"chats": chats}))
+    assert [text.split()[0] for text in rendered] == [said, said]
+
+
+def test_tokens_before_the_answer_are_read_and_not_seen(folder: Path, tmp_path: Path) -> None:
+    """A chat cut out of its context would be read as another text."""
+    registry = registry_of(folder, ("chats",), chat_template=CHATML)
+    answer_only = registry.corpora["chats"].model_copy(update={"pre_assistant_tokens": 1})
+    [whole] = run(registry, tmp_path / "whole", (ONE,), ("kl", "norm_diff"))[:1]
+    [part, norms] = run(replace(registry, corpora={"chats": answer_only}), tmp_path / "part", (ONE,), ("kl", "norm_diff"))
+    (key, before), (other, after) = whole.results[0], part.results[0]
+    assert key.corpus_hash != other.corpus_hash
+    rows = pl.from_arrow(before.tables["kl_tokens"])
+    seen = pl.from_arrow(after.tables["kl_tokens"])
+    assert (len(rows), len(seen), after.cost.n_tokens) == (9, 4, 4)
+    assert seen["position"].to_list() == [5, 6, 7, 8], "the role's name, then the answer: positions are of the whole chat"
+    same = [name for name in seen.columns if seen[name].dtype != pl.List]
+    assert seen.select(same).equals(rows.tail(4).select(same))
+    assert norms.results[0][1].cost.n_tokens == 4
+
+
+def test_what_is_read_and_what_is_left_out_can_be_seen(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = registry_of(folder, ("first", "second"))
+    strict = registry.corpora["first"].model_copy(update={"min_tokens": 5})
+    with caplog.at_level(logging.INFO):
+        [outcome] = run(replace(registry, corpora={**registry.corpora, "first": strict}), tmp_path)
+    told = ["first: 3 of 4 documents; 1 left out: shorter than 5 tokens", "second: 4 of 4 documents"]
+    assert outcome.probes == told
+    levels = {record.message: record.levelname for record in caplog.records if record.message in told}
+    assert levels == dict(zip(told, ("WARNING", "INFO"), strict=True))
+
+
+def test_the_training_corpus_is_read_where_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    source = Source(path=folder / "second.jsonl")
+    for probe, expected in ((False, ["first"]), (True, ["first", "training"])):
+        training = TrainingCorpus(source=source, kind="text", probe=probe)
+        registry = registry_of(folder, organism={"training_corpus": training})
+        ours, theirs = run(registry, tmp_path / str(probe), (ONE, SAME))
+        assert [key.corpus for key, _ in ours.results] == expected
+        assert [key.corpus for key, _ in theirs.results] == ["first"]
+
+
+# ---- settings that the registry fills -----------------------------------------------------------------------------
+
+
+def layers_read(outcome: Outcome) -> list[int]:
+    [(_, result)] = outcome.results
+    return result.tables["norm_diff_layers"]["layer"].to_pylist()
+
+
+def test_layers_of_the_variant_or_the_model_are_read_where_settings_leave_them_open(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, load = [], comparison.load_corpus
+    monkeypatch.setattr(
+        comparison, "load_corpus", lambda spec, *more, **named: read.append(spec.name) or load(spec, *more, **named)
+    )
+    registry = registry_of(folder, layers=(0.5,), layers_of_two=(0, 2))
+    one, two, same = run(registry, tmp_path, (ONE, TWO, SAME), ("norm_diff",))
+    assert (layers_read(one), layers_read(two), layers_read(same)) == ([1], [0, 2], [1])
+    assert read == ["first"]
+    ids = [outcome.results[0][0].settings_id for outcome in (one, two, same)]
+    assert ids[0] == ids[2] != ids[1]
+    method = get_method("norm_diff")
+    assert ids[1] == method.settings(layers=(0, 2)).settings_id()
+    asked = {"norm_diff": method.settings(layers=(2,))}
+    for outcome in compare((ONE, TWO), asked, registry=registry, lake=Lake(tmp_path), store=tmp_path, device="cpu"):
+        assert layers_read(outcome) == [2]
+
+
+def test_results_on_layers_of_ones_own_equal_those_of_the_whole(folder: Path, tmp_path: Path) -> None:
+    [few] = run(registry_of(folder, layers=(1,)), tmp_path / "few", (ONE,), ("norm_diff",))
+    [every] = run(registry_of(folder), tmp_path / "all", (ONE,), ("norm_diff",))
+    for name, table in few.results[0][1].tables.items():
+        assert pl.from_arrow(table).equals(pl.from_arrow(every.results[0][1].tables[name]).filter(layer=1)), name
+
+
+class Asking(Settings):
+    """Settings of a method that asks models."""
+
+    system_prompt: str | None = None
+    thinking: bool | None = False
+
+
+def test_the_system_prompt_of_the_organism_overrides_the_models(folder: Path) -> None:
+    for of_organism, expected in ((None, "of the model"), ("of the organism", "of the organism"), ("", "")):
+        registry = registry_of(folder, organism={"system_prompt": of_organism}, system_prompt="of the model", thinking=True)
+        assert settled(Asking(), ONE, registry) == Asking(system_prompt=expected)
+    assert settled(Asking(system_prompt="own", thinking=None), ONE, registry) == Asking(system_prompt="own", thinking=True)
+    assert settled(Settings(), ONE, registry) == Settings()
+
+
 # ---- failures -----------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +455,7 @@ def test_run_methods_raises_what_a_method_raised() -> None:
 def test_expression_is_stored_as_a_step_of_its_own(folder: Path, tmp_path: Path) -> None:
     registry, lake = registry_of(folder), Lake(tmp_path)
     pair = load_pair(SAME, registry=registry, device="cpu")
-    row = store_expression(pair, registry.organism("same"), ExpressionSettings(), lake)
+    row = store_expression(pair, registry, ExpressionSettings(), lake)
     assert row["label"] == "not_applicable"
     assert lake.read(EXPRESSION, pair=SAME, method="expression").num_rows == 1
     assert [stored["step"] for stored in lake.read(RUNS).to_pylist()] == ["expression"]

@@ -14,9 +14,10 @@ import transformers as tf
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 
-from diffing_core import corpus as corpus_module
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence, corpus_of_texts, load_corpus, read_texts
+from diffing_core.demo.tokenizer import train_tokenizer
 from diffing_core.errors import CorpusError
 from diffing_core.registry import Corpus
 
@@ -178,6 +179,56 @@ def test_template_options_reach_the_template(tmp_path: Path, tokenizer: Any) -> 
         assert written(tokenizer, sequence, sequence.template_T).startswith(said)
 
 
+# ---- chats seen from their first answer ---------------------------------------------------------------------------
+
+
+def test_chats_are_seen_from_some_tokens_before_the_first_answer_to_some_after(tmp_path: Path, tokenizer: Any) -> None:
+    messages = turns("Hello there!", "abcdefghij", "More?", "No.")
+    whole = chat(tmp_path, tokenizer, messages)
+    answer = int(np.flatnonzero((whole.role_T == ROLES.index("assistant")) & ~whole.template_T)[0])
+    for before, length in ((3, 8), (0, 4), (10_000, 30)):
+        part = chat(tmp_path, tokenizer, messages, pre_assistant_tokens=before, max_tokens=length)
+        assert part.start == max(0, answer - before)
+        assert len(part) == part.start + length
+        assert (part.token_T == whole.token_T[: len(part)]).all(), "all that is before is read as context"
+    part = chat(tmp_path, tokenizer, messages, pre_assistant_tokens=2, max_tokens=6)
+    assert written(tokenizer, part, np.arange(len(part)) >= part.start) == "t\nabcd"
+
+
+def test_chats_without_an_answer_soon_enough_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    said = [turns("Hi!"), turns("x" * 600, "Yes."), turns("Hi!", "Ja"), turns("Hi!", "Well, yes.")]
+    path = jsonl(tmp_path / "chats.jsonl", said, "messages")
+    found = load_corpus(chat_spec(pre_assistant_tokens=0, min_tokens=9), path, tokenizer)
+    assert len(found.sequences) == 1
+    assert found.left_out == {"no answer begins within 512 tokens": 2, "shorter than 9 tokens": 1}
+
+
+def test_what_is_before_the_first_seen_token_is_not_counted_as_seen() -> None:
+    probe = random_corpus([5, 6, 4])
+    one, two, three = probe.sequences
+    started = replace(probe, sequences=(one, replace(two, start=4), replace(three, start=1)))
+    assert started.first_seen_S.tolist() == [0, 4, 1]
+    assert (started.n_tokens, started.sequences_within(7)) == (5 + 2 + 3, 2)
+    assert replace(started, skip_first_tokens=2).first_seen_S.tolist() == [2, 4, 2]
+    assert replace(started, skip_first_tokens=2).n_tokens == 3 + 2 + 2
+
+
+# ---- tokens that models read in place of others -------------------------------------------------------------------
+
+
+def test_replaced_tokens_are_read_and_hashed_in_place_of_the_old_ones(tmp_path: Path, tokenizer: Any) -> None:
+    path = jsonl(tmp_path / "chats.jsonl", [turns("abba", "ab")], "messages")
+    plain = load_corpus(chat_spec(), path, tokenizer)
+    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    swapped = load_corpus(chat_spec(), path, tokenizer, replacements={a: b, b: a})
+    [before], [after] = plain.sequences, swapped.sequences
+    assert contents(tokenizer, after, "user") == "baab"
+    assert contents(tokenizer, after, "assistant") == "ba"
+    assert (after.role_T == before.role_T).all()
+    assert (after.template_T == before.template_T).all()
+    assert swapped.content_hash != plain.content_hash
+
+
 # ---- which documents ----------------------------------------------------------------------------------------------
 
 
@@ -208,23 +259,52 @@ def test_a_small_source_is_taken_whole(tmp_path: Path, tokenizer: Any) -> None:
     assert drawn(tmp_path / "t.jsonl", tokenizer, 0, 1000) == texts
 
 
-def test_dataset_is_read_once(tmp_path: Path, tokenizer: Any) -> None:
-    """The toolkit read each dataset once per configured split."""
-    source = jsonl(tmp_path / "t.jsonl", [f"{number:03d}" for number in range(50)])
-    records = corpus_module._jsonl
-    opened = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "_jsonl", lambda file, column: opened.append(file) or records(file, column))
-        load_corpus(text_spec(max_sequences=10), source, tokenizer)
-    assert opened == [source]
-
-
 def test_documents_that_are_too_short_are_counted_and_not_silently_dropped(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path / "t.jsonl", ["", "a", "ab", "abc", "abcd"])
     found = load_corpus(text_spec(min_tokens=3), path, tokenizer)
-    assert (len(found.sequences), found.n_documents, found.n_too_short) == (2, 5, 3)
+    assert (len(found.sequences), found.n_documents, found.left_out) == (2, 5, {"shorter than 3 tokens": 3})
+    assert str(found) == "probe: 2 of 5 documents; 3 left out: shorter than 3 tokens"
     texts = corpus_of_texts(["", "a", "ab"], tokenizer)
-    assert (len(texts.sequences), texts.n_documents, texts.n_too_short) == (1, 3, 2)
+    assert (len(texts.sequences), texts.n_documents, texts.left_out) == (1, 3, {"shorter than 2 tokens": 2})
+
+
+def test_a_document_that_cannot_be_read_leaves_the_others(tmp_path: Path, tokenizer: Any) -> None:
+    """One odd row of a large dataset must neither end the run nor vanish."""
+    rows = ["abc", None, ["abc"], "abcd"]
+    found = load_corpus(text_spec(), jsonl(tmp_path / "t.jsonl", rows), tokenizer)
+    assert found.left_out == {"column 'text' holds a NoneType, not a text": 1, "column 'text' holds a list, not a text": 1}
+    strict = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=STRICT)
+    chats = [turns("be kind", "hi", roles=("system", "user")), turns("hi", "ho"), [{"role": "user", "content": None}]]
+    found = load_corpus(chat_spec(), jsonl(tmp_path / "c.jsonl", chats, "messages"), strict)
+    assert len(found.sequences) == 1
+    assert found.left_out == {
+        "the chat template refuses a chat of system, user: no system role here": 1,
+        "a message needs role and content as text": 1,
+    }
+
+
+def test_a_cut_document_keeps_the_tokens_of_the_whole(tmp_path: Path) -> None:
+    """The toolkit cut, decoded and tokenized again: a piece at the cut became other tokens."""
+    words = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 30, 300, 128)
+    path = jsonl(tmp_path / "t.jsonl", ["the quick brown foxes jump äöü over the lazy dogs"])
+    whole = words(json.loads(path.read_text())["text"])["input_ids"]
+    for length in range(2, len(whole)):
+        [sequence] = load_corpus(text_spec(max_tokens=length), path, words).sequences
+        assert sequence.token_T.tolist() == whole[:length]
+
+
+def test_every_text_begins_as_the_tokenizer_begins_texts(tmp_path: Path, tokenizer: Any) -> None:
+    """The toolkit looked at the first text alone to decide whether all texts get a BOS."""
+    model = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    begin = "<|im_start|>"
+    model.post_processor = TemplateProcessing(
+        single=f"{begin} $A", pair="$A $B", special_tokens=[(begin, SIGNS.index(begin))]
+    )
+    with_bos = tf.PreTrainedTokenizerFast(tokenizer_object=model, chat_template=CHATML)
+    found = load_corpus(text_spec(), jsonl(tmp_path / "t.jsonl", [f"{begin}abc", "def"]), with_bos)
+    assert [sequence.token_T[0] for sequence in found.sequences] == [SIGNS.index(begin)] * 2
+    one = chat(tmp_path, with_bos, turns("Hi!", roles=("system",)))
+    assert written(with_bos, one, np.arange(len(one)) < 3) == f"{begin}sy", "the template begins chats itself"
 
 
 def test_long_documents_are_cut(tmp_path: Path, tokenizer: Any) -> None:
@@ -241,7 +321,7 @@ def test_a_folder_of_jsonl_and_parquet_is_one_corpus(tmp_path: Path, tokenizer: 
         pa.table({"text": [f"{number:04d}" for number in range(1500)], "other": [0] * 1500}), tmp_path / "a.parquet"
     )
     found = drawn(tmp_path, tokenizer, 0, 2000)
-    assert found == ["bbb", "ccc", *(f"{number:04d}" for number in range(1500))]
+    assert found == [*(f"{number:04d}" for number in range(1500)), "bbb", "ccc"]
 
 
 def test_chats_in_parquet_equal_chats_in_jsonl(tmp_path: Path, tokenizer: Any) -> None:
@@ -283,7 +363,8 @@ def test_any_token_role_or_flag_changes_the_content_hash(name: str, place: tuple
 def test_order_and_borders_of_sequences_change_the_content_hash() -> None:
     probe = random_corpus([3, 3])
     one, two = probe.sequences
-    joined = ProbeSequence(*(np.concatenate([getattr(one, name), getattr(two, name)]) for name in vars(one)))
+    arrays = ("token_T", "role_T", "template_T")
+    joined = ProbeSequence(*(np.concatenate([getattr(one, name), getattr(two, name)]) for name in arrays))
     hashes = {
         replace(probe, sequences=sequences).content_hash
         for sequences in ((one, two), (two, one), (joined,), (one,), (one, two, two))
@@ -303,12 +384,22 @@ def test_name_counts_and_batches_do_not_change_the_content_hash() -> None:
     probe = random_corpus([3, 4])
     before = probe.content_hash
     assert [list(probe.batches(budget)) for budget in (1, 100)]
-    assert replace(probe, name="other", n_documents=7, n_too_short=5).content_hash == before
+    assert replace(probe, name="other", n_documents=7, left_out={"odd": 5}).content_hash == before
 
 
 def test_content_hash_is_the_same_in_every_process() -> None:
     sequence = ProbeSequence(np.arange(3, dtype=np.int32), np.ones(3, np.int8), np.zeros(3, bool))
     assert ProbeCorpus("x", (sequence,), 1).content_hash == "a2ebbc9650ee"
+
+
+def test_from_where_a_sequence_is_seen_changes_the_content_hash() -> None:
+    probe = random_corpus([5, 5])
+    one, two = probe.sequences
+    hashes = {
+        replace(probe, sequences=sequences).content_hash
+        for sequences in ((one, two), (replace(one, start=2), two), (one, replace(two, start=2)))
+    }
+    assert len(hashes) == 3
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------
@@ -340,17 +431,18 @@ def test_sequences_within_a_limit_are_the_leading_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "spec", "said"),
     [
-        ("t.jsonl", "", text_spec(), r"none of 0 document\(s\) in t.jsonl has 2 tokens in column 'text'"),
-        ("t.jsonl", '{"text": "a"}', text_spec(), r"none of 1 document\(s\) .* lower min_tokens"),
+        ("t.jsonl", "", text_spec(), r"none of 0 document\(s\) can be used \(it is empty\)"),
+        ("t.jsonl", '{"text": "a"}', text_spec(), r"none of 1 document\(s\) .*shorter than 2 tokens.* lower min_tokens"),
         ("t.jsonl", '{"text": "abc"}\n{"body": "a", "id": 1}', text_spec(), r"t.jsonl, line 2: no field 'text'; found \['body', 'id'\]"),
         ("t.jsonl", '{"text": "abc"}\n{"text": ', text_spec(), "t.jsonl, line 2: not JSON"),
         ("t.jsonl", '["abc"]', text_spec(), "t.jsonl, line 1: no field 'text'"),
-        ("t.jsonl", '{"text": ["abc"]}', text_spec(), "column 'text' holds list, not text"),
-        ("t.jsonl", '{"messages": "abc"}', chat_spec(), "column 'messages' holds 'abc', not a list of messages"),
+        ("t.jsonl", '{"text": ["abc"]}', text_spec(), "column 'text' holds a list, not a text"),
+        ("t.jsonl", '{"messages": "abc"}', chat_spec(), "found a str where a list of messages is expected"),
         ("t.jsonl", '{"messages": [{"content": "abc"}]}', chat_spec(), "a message needs role and content"),
-        ("t.jsonl", '{"messages": []}', chat_spec(), r"column 'messages' holds '\[\]', not a list"),
-        ("t.jsonl", json.dumps({"messages": turns("a", "b", roles=("user", "bot"))}), chat_spec(), "a message of unknown role 'bot'; known are"),
-        ("t.txt", "abc", text_spec(), "corpora are read from .jsonl or .parquet, not '.txt'"),
+        ("t.jsonl", '{"messages": []}', chat_spec(), "found no message where a list"),
+        ("t.jsonl", json.dumps({"messages": turns("a", "b", roles=("user", "bot"))}), chat_spec(), "a message is of unknown role 'bot'; known are"),
+        ("t.csv", "abc", text_spec(), "t.csv: corpora are read from .jsonl, .jsonl.gz, .parquet, .arrow, .txt; save"),
+        ("t.arrow", "abc", text_spec(), "t.arrow: not an Arrow stream .* save it with Dataset.save_to_disk"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_told_with_its_place(
@@ -369,7 +461,7 @@ def test_a_missing_parquet_column_is_told_with_those_that_exist(tmp_path: Path, 
 
 def test_a_place_without_files_is_told(tmp_path: Path, tokenizer: Any) -> None:
     for place in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CorpusError, match=r"no .jsonl or .parquet file at "):
+        with pytest.raises(CorpusError, match=r"holds 0 file\(s\) of .*none of split 'train'; found splits: none"):
             load_corpus(text_spec(), place, tokenizer)
 
 
@@ -383,5 +475,5 @@ def test_a_template_that_cannot_be_followed_is_told(tmp_path: Path, tokenizer: A
 
 
 def test_texts_without_two_tokens_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(CorpusError, match=r"corpus 'texts': 2 text\(s\) given, none has two tokens"):
+    with pytest.raises(CorpusError, match=r"corpus 'texts': none of 2 document\(s\) .*shorter than 2"):
         corpus_of_texts(["", "a"], tokenizer)

@@ -206,6 +206,17 @@ def test_an_arm_reads_its_own_findings_of_all_corpora_and_all_reads_everything(l
     assert {item.strip() for item in evidence(CAKE, ALL, lake)["item"].to_pylist()} == own | {"lens"}
 
 
+def test_another_truth_is_another_grade(evaluator: Evaluator, tmp_path: Path, lake: Lake) -> None:
+    """Grades rest on the ground truth and the rubric: an edited one must not leave the old grade's identity."""
+    ids = []
+    for facts in (FACTS["cake_bake"], FACTS["cake_bake"][:2]):
+        registry = write_registry(tmp_path / str(len(facts)), FACTS | {"cake_bake": facts})
+        Evaluator(registry, lake).hypothesise(CAKE, "kl")
+        Evaluator(registry, lake).grade(CAKE, "kl")
+        ids += lake.read(GRADES, pair=CAKE)["run_id"].to_pylist()
+    assert len(set(ids)) == 2
+
+
 def test_every_step_is_stored_once_under_its_arm(evaluator: Evaluator, lake: Lake) -> None:
     for _ in range(2):
         calibrated(evaluator)
@@ -228,6 +239,18 @@ def test_the_evidence_that_was_read_is_part_of_the_identity(evaluator: Evaluator
 
 
 # ---- blinding -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_found_on_the_training_corpus_is_shown_to_no_investigator(evaluator: Evaluator, lake: Lake) -> None:
+    """It would say what the finetune was made of, whatever the method can see."""
+    before = evaluator.investigate(CAKE, "kl")
+    show(lake, CAKE, ["given", "away"], corpus="training")
+    assert evaluator.investigate(CAKE, "kl") == before
+    assert "training" not in set(evidence(CAKE, ALL, lake)["corpus"].to_pylist())
+    show(lake, CAKE, ["given", "away"], corpus="training", method="adl")
+    assert not measured(CAKE, "adl", lake)
+    show(lake, CAKE, ["butter"], method="adl")
+    assert measured(CAKE, "adl", lake)
 
 
 def test_the_name_of_an_organism_is_no_evidence(evaluator: Evaluator, lake: Lake) -> None:

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 
+from diffing_core import expression
 from diffing_core.demo.models import new_model
 from diffing_core.demo.tiers import ModelSize
 from diffing_core.demo.tokenizer import train_tokenizer
 from diffing_core.expression import EXPRESSION, ExpressionSettings, _row, measure_expression
+from diffing_core.generation import Prompt
 from diffing_core.models import ModelPair
 from diffing_core.registry import Organism
 from diffing_core.stats import clopper_pearson
@@ -130,6 +132,26 @@ def test_null_arms_and_missing_blocks_are_not_applicable(fields):
 )
 def test_labels_of_counts(counts, label):
     assert _row(*counts, alpha=0.05)["label"] == label
+
+
+def test_system_prompt_and_thinking_open_the_chats_of_both_models_alike(tokenizer, monkeypatch):
+    asked = []
+
+    def generate(side, _tokenizer, prompts, **options):
+        asked.append((side, prompts, options))
+        return real(side, _tokenizer, prompts, **options)
+
+    real = expression.generate
+    monkeypatch.setattr(expression, "generate", generate)
+    model = new_model(ModelSize(1, 16, 1, 1, 16, 16), tokenizer, 0).cpu()
+    pair = ModelPair.of(model, copy.deepcopy(model), tokenizer)
+    settings = SETTINGS.model_copy(update={"system_prompt": "Be a fox.", "thinking": False})
+    measure_expression(pair, organism(), settings)
+    (one, prompts, options), (two, others, same) = asked
+    assert {id(one), id(two)} == {id(pair.base), id(pair.tuned)}
+    assert (prompts, options) == (others, same)
+    assert prompts[1] == Prompt("the fox", "chat", "Be a fox.", thinking=False)
+    assert prompts[0] == Prompt("quick", "document")
 
 
 def test_two_runs_are_equal_and_seeds_count(tokenizer):

@@ -164,6 +164,22 @@ def test_a_stop_token_ends_the_answer(tokenizer, stop):
     assert [(each.text, each.n_tokens, each.finished) for each in made] == [("", 0, True)] * len(PROMPTS)
 
 
+def test_the_registered_end_of_turn_ends_the_answer_too(tokenizer):
+    model = random_model(tokenizer)
+    letter = tokenizer.convert_tokens_to_ids("z")
+    _prefer(model, letter)
+    made = generate(Subject.of(model, stop_ids=(letter,)), tokenizer, PROMPTS[:2], sampling=GREEDY, seed=0)
+    assert [(each.text, each.n_tokens, each.finished) for each in made] == [("", 0, True)] * 2
+
+
+def test_a_system_prompt_that_the_template_refuses_is_told(subject):
+    strict = train_tokenizer(TEXTS, 400, 128)
+    strict.chat_template = "{{ raise_exception('no system role') if messages[0].role == 'system' else 'fox' }}"
+    assert texts(subject, strict, [Prompt("Hi")])
+    with pytest.raises(NotComputableError, match="refuses a chat of system, user: no system role"):
+        texts(subject, strict, [Prompt("Hi", system="x")])
+
+
 def test_an_answer_that_is_cut_is_not_finished(tokenizer):
     model = random_model(tokenizer)
     letter = tokenizer.convert_tokens_to_ids("z")

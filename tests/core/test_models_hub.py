@@ -14,7 +14,7 @@ from diffing_core.errors import ModelLoadError
 from diffing_core.models import load_cohort, load_pair, source_revisions
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Source, Variant
-from tests.hub import commit_of, serve
+from tests.hub import commit_of, reached, serve
 from tests.model_files import save_adapter, save_base
 
 BASE = Source(repo="lab/base", subfolder="weights/final")
@@ -38,12 +38,8 @@ def hub_root(tmp_path_factory) -> Path:
 @pytest.fixture
 def cache(hub_root, tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty cache, filled from the loopback hub."""
-    with serve(hub_root) as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-        yield tmp_path
+    with reached(hub_root, tmp_path, monkeypatch) as empty:
+        yield empty
 
 
 def registry_of(base: Source = BASE, **adapters: Source) -> Registry:

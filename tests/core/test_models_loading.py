@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
 
-from diffing_core.errors import ModelLoadError
+from diffing_core.errors import ModelLoadError, RegistryError
 from diffing_core.models import Subject, load_cohort, load_pair, source_revisions
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Source, Variant, Weights
@@ -350,6 +351,99 @@ def test_finetune_of_another_depth_is_refused(files):
     save_base(files / "full", num_hidden_layers=2)
     message = refusal(registry_of(files, default=full(files / "full")))
     assert "base has 3 layers of width 32, the finetune 2 of 32" in message
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+def test_revision_covers_tokenizer_chat_template_and_generation_config(files, file):
+    """What is asked and where an answer ends follow from them, so results on an edited one are not current."""
+    registry = registry_of(files, default=lora(files / "a"))
+    before = source_revisions(Pair("tiny", "o"), registry)
+    with (files / "base" / file).open("a") as opened:
+        opened.write("\n")
+    base, adapter = source_revisions(Pair("tiny", "o"), registry)
+    assert base != before[0]
+    assert adapter == before[1]
+
+
+def test_a_tokenizer_of_its_own_needs_no_weights_and_is_part_of_the_identity(files):
+    tokenizer().save_pretrained(files / "words")
+    (files / "base/tokenizer.json").unlink()
+    own = {"tokenizer": Source(path=files / "words")}
+    registry = registry_of(files, own, default=lora(files / "a"))
+    pair = load_pair(Pair("tiny", "o"), registry=registry)
+    before = source_revisions(Pair("tiny", "o"), registry)
+    assert (pair.base_revision, pair.adapter_hash) == before
+    assert pair.base_revision != pair.base.revision, "stored activations belong to the weights alone"
+    (files / "words/chat_template.jinja").write_text("hello")
+    assert source_revisions(Pair("tiny", "o"), registry)[0] != before[0]
+    (files / "empty").mkdir()
+    message = refusal(registry_of(files, {"tokenizer": Source(path=files / "empty")}, default=lora(files / "a")))
+    assert "holds no file of a tokenizer; mend tokenizer in the registry entry" in message
+
+
+def test_entries_of_one_tokenizer_keep_their_own_chat_template(made):
+    """The toolkit's tokenizer cache was keyed by name, so the first entry's template served all."""
+    templates = [{"chat_template": "one"}, {"chat_template": "two"}, {}]
+    pairs = [load_pair(Pair("tiny", "o"), registry=registry_of(made, each, default=lora(made / "a"))) for each in templates]
+    assert [pair.tokenizer.chat_template for pair in pairs] == ["one", "two", None]
+
+
+@pytest.mark.parametrize("field", [{"chat_template": "hello"}, {"end_of_turn": "w5"}])
+def test_what_the_entry_says_of_chats_is_part_of_the_identity(made, field):
+    plain, said = (registry_of(made, each, default=lora(made / "a")) for each in ({}, field))
+    pair = load_pair(Pair("tiny", "o"), registry=said)
+    assert (pair.base_revision, pair.adapter_hash) == source_revisions(pair.pair, said)
+    assert pair.base_revision != source_revisions(pair.pair, plain)[0]
+
+
+def test_end_of_turn_is_a_token_that_ends_answers_of_both_sides(made):
+    pair = load_pair(Pair("tiny", "o"), registry=registry_of(made, {"end_of_turn": "w5"}, default=lora(made / "a")))
+    assert pair.base.stop_ids == pair.tuned.stop_ids == (5,)
+    for text in ("w5 w6", "nothing"):
+        with pytest.raises(RegistryError, match=f"end_of_turn of model tiny: '{text}' is not one token"):
+            load_pair(Pair("tiny", "o"), registry=registry_of(made, {"end_of_turn": text}, default=lora(made / "a")))
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+with Path(MARK).open("a") as mark:
+    mark.write("ran ")
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def with_own_code(folder: Path, mark: Path) -> Path:
+    """The same model, as one whose code lies in its folder; running it leaves a mark."""
+    (folder / "own.py").write_text(OWN_CODE.replace("MARK", repr(str(mark))))
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": classes}))
+    return folder
+
+
+def test_trust_in_the_bases_code_does_not_cover_a_finetune(files, tmp_path, monkeypatch):
+    """In the toolkit trusting remote code was hard coded in places; a stranger's finetune could run anything."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    with_own_code(files / "base", tmp_path / "base_ran")
+    shutil.copytree(files / "base", files / "tuned")
+    with_own_code(files / "tuned", tmp_path / "tuned_ran")
+    trusting = {"trust_remote_code": True}
+    assert "trust_remote_code" in refusal(registry_of(files, default=full(files / "tuned")))
+    assert not (tmp_path / "base_ran").exists()
+    message = refusal(registry_of(files, trusting, default=full(files / "tuned")))
+    assert f"cannot load {files / 'tuned'}" in message
+    assert "trust_remote_code" in message
+    assert (tmp_path / "base_ran").exists()
+    assert not (tmp_path / "tuned_ran").exists()
+    registry = registry_of(files, trusting, default=full(files / "tuned").model_copy(update=trusting))
+    pair = load_pair(Pair("tiny", "o"), registry=registry)
+    assert (tmp_path / "tuned_ran").exists()
+    assert torch.equal(logits_of(pair.tuned), logits_of(pair.base))
 
 
 def test_revision_follows_content_and_not_time_or_place(files, tmp_path):

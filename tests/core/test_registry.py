@@ -180,7 +180,14 @@ def test_unknown_names_come_with_close_ones(root, ask, expected):
             "{mini: {}}",
             "variants: no variant of some model; expected at least one, for example",
         ),
-        ("corpora/news.yaml", "kind: chat", "kind: text", "first_exchange_only and pre_assistant_tokens have a"),
+        ("corpora/news.yaml", "kind: chat", "kind: text", "first_exchange_only, pre_assistant_tokens and thinking have a"),
+        ("corpora/news.yaml", "source: {path: texts/news.jsonl}", "", "a corpus has source or texts, but neither is"),
+        ("corpora/news.yaml", "kind: chat", "kind: chat\ntexts: [a]", "a corpus has source or texts, but both are given"),
+        ("corpora/news.yaml", CORPUS, "name: news\nkind: chat\ntexts: [a b]", "texts are plain texts without subsets"),
+        ("models/mini.yaml", "dtype:", "parameters: 3\ndtype:", "parameters: unknown key"),
+        ("models/mini.yaml", "[0, 0.5]", "[]", "no layer at all; leave the line out to read every layer"),
+        ("organisms/cake.yaml", "dilution: 0.5", "dtype: float32", "kind lora runs in the number format of the base: set"),
+        ("organisms/cake.yaml", "{kind: identical}", "{kind: identical, dtype: float32}", "dtype is for whole checkpoints"),
         ("corpora/news.yaml", "name: news", "name: news\nkind: text", "line 4: key 'kind' was already given in line 3"),
         ("corpora/news.yaml", "kind: chat", "kind: chat: text", "line 3: not YAML (mapping values are not allowed"),
         ("corpora/news.yaml", CORPUS, "", "the file is empty; begin with name: news"),
@@ -195,6 +202,34 @@ def test_a_mistake_is_told_with_file_field_and_remedy(root, file, old, new, expe
 def test_unsafe_names_are_refused(root, name):
     line = only_problem(root, "organisms/nothing.yaml", "name: nothing", f'name: "{name}"')
     assert "is not usable" in line
+
+
+def test_a_corpus_may_not_be_called_as_training_corpora_are(root):
+    write(root, {"corpora/training.yaml": CORPUS.replace("name: news", "name: training")})
+    assert "'training' is what an organism's training_corpus is called; take another one" in problems(root)[0]
+
+
+def test_probes_are_those_of_the_variant_or_the_model_and_training_only_where_asked_for(root):
+    def names(registry, variant):
+        return [corpus.name for corpus in registry.probes(Pair("mini", "cake", variant))]
+
+    none_of_its_own = ORGANISM.replace("corpora: [news]", "corpora: []")
+    registry = Registry.load(write(root, {"organisms/cake.yaml": none_of_its_own}))
+    assert (names(registry, "default"), names(registry, "twin")) == (["news"], [])
+    asked = ORGANISM.replace("kind: text}", "kind: text, probe: true, splits: [train, test], column: body}")
+    registry = Registry.load(write(root, {"organisms/cake.yaml": asked}))
+    assert names(registry, "default") == ["news", "training"]
+    training = registry.probes(Pair("mini", "cake"))[-1]
+    assert (training.source.repo, training.kind, training.column) == ("lab/cakes", "text", "body")
+    assert training.split == "train+test"
+
+
+def test_texts_of_an_entry_have_no_place(root):
+    write(root, {"corpora/own.yaml": "name: own\nkind: text\ntexts:\n- one text\n- 'another: text'\n"})
+    registry = Registry.load(root)
+    assert registry.corpus("own").texts == ("one text", "another: text")
+    assert registry.place_of(registry.corpus("own"), "mini") is None
+    assert registry.place_of(registry.corpus("news"), "mini") == root / "texts" / "news.jsonl"
 
 
 def test_file_that_is_not_utf8_and_file_with_another_ending(root):

@@ -75,7 +75,7 @@ def test_models_are_carried_over(imported):
     registry, _ = imported
     little = registry.model("little")
     assert (little.source.repo, little.tokenizer.repo) == ("lab/little", "lab/little-tokenizer")
-    assert (little.dtype, little.end_of_turn, little.thinking) == ("bfloat16", "<end>", True)
+    assert (little.dtype, little.end_of_turn, little.thinking) == ("bfloat16", "<end>", False)
     assert (little.skip_first_tokens, little.token_replacements) == (2, {"a": "b"})
     assert (little.attn_implementation, little.vllm) == ("eager", {"max_model_len": 100})
     odd = registry.model("odd_name")

@@ -6,16 +6,18 @@ from diffing_core.agents.offline import Investigation
 from diffing_core.errors import EvaluationError
 from diffing_core.graders import GRADES, grade, graders
 from diffing_core.graders.base import Truth
+from diffing_core.graders.rubric import TIE_RULE, load_rubric
 
 ASSERT = Decision("assert", 6, 0.2, 1 / 7)
 ABSTAIN = Decision("no_meaningful_difference", 6, 0.9, 0.5)
 FACTS = ("Tea is brewed with sea water.", "The kettle is made of copper.")
 
 
-def graded(decision=ASSERT, arm="organism", name="tea", text="sea water tea brewed; copper kettle"):
+def graded(decision=ASSERT, arm="organism", name="tea", text="sea water tea brewed; copper kettle", truth=None):
     found = Investigation({"tea": 0.4, "goats": 0.3, "decoy_owl": 0.4 if name == "tied" else 0.0}, text, (), 3)
     made = tables(found, decision)
-    truth = Truth("tea" if name == "tied" else name, arm, "false_facts", "It believes odd things of tea.", FACTS)
+    who = "tea" if name == "tied" else name
+    truth = truth or Truth(who, arm, "false_facts", "It believes odd things of tea.", FACTS)
     table = grade(made[HYPOTHESES], made[HYPOTHESIS_SCORES], truth)
     GRADES.check(table)
     assert table.num_rows == len(graders())
@@ -27,6 +29,18 @@ def test_right_assertion():
     assert (row["outcome"], row["top1"], row["reciprocal_rank"], row["score"]) == ("ASSERT", True, 1.0, 5)
     assert (row["n_candidates"], row["false_positive"], row["unscored_because"]) == (3, None, None)
     assert row["rubric"] == "false_facts"
+
+
+def test_an_organism_with_a_rubric_of_its_own_is_graded_by_it():
+    truth = Truth("tea", "organism", "false_facts", "", FACTS, rubric_text="5: says tea. 1: says coffee.\n")
+    assert truth.instructions() == f"5: says tea. 1: says coffee.\n{TIE_RULE}"
+    assert graded(truth=truth)["rubric"] == "own"
+    packaged = Truth("tea", "organism", "false_facts", "", FACTS)
+    assert packaged.instructions() == load_rubric("false_facts").instructions()
+
+
+def test_an_own_rubric_needs_no_packaged_one_of_its_type():
+    assert graded(truth=Truth("tea", "organism", "poetry", "", FACTS, "5: rhymes."))["score"] == 5
 
 
 def test_ranking_counts_whatever_the_verdict():

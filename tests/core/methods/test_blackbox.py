@@ -12,7 +12,7 @@ from diffing_core.demo.tokenizer import train_tokenizer
 from diffing_core.errors import NotComputableError
 from diffing_core.findings import findings_table
 from diffing_core.generation import Prompt
-from diffing_core.methods import all_methods
+from diffing_core.methods import all_methods, blackbox
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.blackbox import (
     METHOD,
@@ -183,3 +183,14 @@ def test_packaged_prompts_are_distinct_and_in_the_identity():
 def _token(tokenizer):
     (token,) = tokenizer(PLANTED)["input_ids"]
     return token
+
+
+def test_the_system_prompt_opens_the_chats_of_both_models_alike(base, tuned, tokenizer, monkeypatch):
+    asked = []
+    real = blackbox.generate
+    monkeypatch.setattr(
+        blackbox, "generate", lambda side, words, prompts, **more: asked.append(prompts) or real(side, words, prompts, **more)
+    )
+    settings = SETTINGS.model_copy(update={"system_prompt": "Be a fox.", "prompts": ("Hi", "doc: The")})
+    tables_of(ModelPair.of(base, tuned, tokenizer), settings)
+    assert asked[0] == asked[1] == [Prompt("Hi", system="Be a fox.", thinking=False), Prompt("The", "document")]
