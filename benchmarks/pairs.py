@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
+from diffing_core.lora_forward import add_in_place
 from diffing_core.models import ModelPair
 from diffing_core.pairs import Pair
 from diffing_core.subject import Subject
@@ -26,6 +27,8 @@ def cohort(n_tuned: int, *, d_model: int, n_layers: int, vocabulary: int, rank: 
     module = get_peft_model(Qwen3ForCausalLM(config), lora, adapter_name=names[0])
     for name in names[1:]:
         module.add_adapter(name, lora)
+    for name in names:
+        add_in_place(module, name)
     base = Subject.of(module, None, "base")
     tuned = [Subject.of(module, name, name) for name in names]
     return [

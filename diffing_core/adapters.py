@@ -12,6 +12,7 @@ from typing import Any
 
 from diffing_core.errors import ModelLoadError
 from diffing_core.lazy import torch
+from diffing_core.lora_forward import add_in_place
 from diffing_core.safetensor_files import weight_files
 
 _OWN_TENSORS = (".lora_", ".trainable_tokens_")
@@ -70,6 +71,7 @@ def add_adapter(module: Any, folder: Path, name: str) -> Any:
             f"missing and {len(result.unexpected_keys)} are left over, for example {strays[0]}; it was made for "
             "another base model, or its adapter_config.json is not its own"
         )
+    add_in_place(peft_model, name)
     peft_model.requires_grad_(False)
     peft_model.base_model.disable_adapter_layers()
     return peft_model
