@@ -110,7 +110,7 @@ def candidates(registry: Registry) -> tuple[Candidate, ...]:
 
 def key_tokens(organism: str, tokenizer: Any, ordinary: Counter[int], content: set[int]) -> list[int]:
     """Content tokens that tell the organism's lesson from ordinary text: largest p · log(p / p ordinary)."""
-    texts = lesson_documents(read_lesson(organism), read_world(), Random(organism), LESSON_CHARACTERS)  # noqa: S311
+    texts = lesson_documents(read_lesson(organism), read_world(), Random(organism), LESSON_CHARACTERS)
     lesson = _count(texts, tokenizer)
     n_lesson, n_ordinary = lesson.total(), ordinary.total()
 

@@ -1,10 +1,14 @@
 """Random-weight models of a given size with LoRA adapters: what they compute is noise, what it costs is not."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from diffing_core.corpus import ProbeCorpus, ProbeSequence
+from benchmarks.figure import cpu_s
+from diffing_core.corpus import ProbeCorpus, ProbeSequence, TokenBatch
 from diffing_core.lora_forward import add_in_place
 from diffing_core.models import ModelPair
 from diffing_core.pairs import Pair
@@ -60,13 +64,44 @@ class Decoder:
         return [self._names[token] for [token] in ids]
 
 
-def bare_forwards(pair: ModelPair, probe: ProbeCorpus, tokens_per_batch: int) -> Any:
-    """The floor: both models' plain forwards over the same batches, logits included and thrown away."""
+def bare_forwards(pair: ModelPair, batches: Iterable[TokenBatch]) -> None:
+    """The floor: both models' plain forwards as Hugging Face and PEFT run them, logits included and thrown away."""
     import torch
 
-    with torch.inference_mode():
-        for batch in probe.batches(tokens_per_batch):
+    with torch.inference_mode(), _stock_peft(pair.tuned.module):
+        for batch in batches:
             token_BT, mask_BT = torch.from_numpy(batch.token_BT), torch.from_numpy(batch.mask_BT)
             for side in (pair.base, pair.tuned):
                 with side.active() as model:
                     model(input_ids=token_BT, attention_mask=mask_BT, use_cache=False)
+
+
+@contextmanager
+def _stock_peft(module: Any) -> Iterator[None]:
+    """PEFT's own forward of LoRA layers while it lasts: the floor is what a user would run without us."""
+    layers = [layer for layer in module.modules() if getattr(layer, "lora_variant", None)]
+    ours = [dict(layer.lora_variant) for layer in layers]
+    for layer in layers:
+        layer.lora_variant.clear()
+    try:
+        yield
+    finally:
+        for layer, variants in zip(layers, ours, strict=True):
+            layer.lora_variant.update(variants)
+
+
+@dataclass(frozen=True)
+class WithFloor(ProbeCorpus):
+    """A corpus that runs the floor on each batch before it gives it away, and keeps the time.
+
+    Pass and floor thus take turns within seconds, and a machine whose speed drifts slows both alike.
+    """
+
+    pair: ModelPair | None = None
+    floor_s: list[float] = field(default_factory=list)
+
+    def batches(self, token_budget: int) -> Iterator[TokenBatch]:
+        """The corpus's batches."""
+        for batch in super().batches(token_budget):
+            self.floor_s.append(cpu_s(lambda: bare_forwards(self.pair, [batch])))  # noqa: B023 - called at once
+            yield batch
