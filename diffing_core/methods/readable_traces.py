@@ -13,7 +13,7 @@ with mean δ̄, per layer and position:
     token_agreement        = Jaccard of the tokens that both halves' δ̄ promote most, through the tuned head
 
 All but the last come from the Gram matrix of at most `max_sequences` distinct texts, chosen and halved by a hash
-of their tokens. Any two models differ significantly, so no number here is a verdict: the mart `readable_traces`
+of their tokens. Any two models differ significantly, so no number here is a verdict: the mart `trace_verdicts`
 compares the agreement of tokens across corpora with that of null pairs of the same base model.
 
 Reference: https://arxiv.org/abs/2510.13900 (traces in means of differences); sign flips: Fisher 1935.
