@@ -257,8 +257,9 @@ def findings(tables: Tables, settings: ReadableTracesSettings) -> list[Finding]:
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
-    """The trace whose halves agree best."""
-    top = max(tables[TRACES.name].to_pylist(), key=lambda row: (row["token_agreement"], row["bias_fraction"]))
+    """The trace whose halves agree best; before an answer, where every chat has the same template, all do."""
+    rows = [row for row in tables[TRACES.name].to_pylist() if (row["position"] or 0) >= 0]
+    top = max(rows, key=lambda row: (row["token_agreement"], row["bias_fraction"]))
     where = "all tokens" if top["position"] is None else f"position {top['position']} from the {top['counted_from']}"
     return {"max_token_agreement": top["token_agreement"], "bias_fraction": top["bias_fraction"],
             "at": f"layer {top['layer']}, {where}"}  # fmt: skip

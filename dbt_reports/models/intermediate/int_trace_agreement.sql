@@ -6,6 +6,7 @@ current_runs as (select run_id from {{ ref('int_current_runs') }} where step = '
 
 current_traces as (select * from traces where run_id in (select run_id from current_runs)),
 
+-- before an answer every chat has the same template, so halves agree there whatever the model
 between_halves as (
     select
         organism,
@@ -17,6 +18,7 @@ between_halves as (
         token_agreement as agreement,
         tokens as shared_tokens,
     from current_traces
+    where position is null or position >= 0
 ),
 
 -- the first tokens of a text are set against the first of an answer: a trace is there whatever the text is
