@@ -85,7 +85,7 @@ class DirectionLens:
         total_V = np.zeros(self._context.vocab_size)
         for state_MD in self._chunks(torch.cat(self._states[side])) if self._states[side] else ():
             logits_MV = getattr(self._context, side).readout(state_MD)[:, : self._context.vocab_size].float()
-            total_V += logits_MV.softmax(-1).sum(0).double().cpu().numpy()
+            total_V += logits_MV.softmax(-1).sum(0).cpu().double().numpy()
         return total_V / max(sum(map(len, self._states[side])), 1)
 
     def _chunks(self, vector_MD: Any) -> Iterator[Any]:

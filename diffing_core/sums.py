@@ -63,7 +63,7 @@ class Grouping:
     def vector_sums(self, vector_ND: Any) -> np.ndarray:
         """Sums of torch vectors over each group, float64 [P, D]: one product, in the same order on any device."""
         member_PM = np.repeat(np.eye(len(self.groups), dtype=np.float32), self.counts, axis=1)
-        return (torch.from_numpy(member_PM).to(vector_ND) @ vector_ND[self._rows]).double().cpu().numpy()
+        return (torch.from_numpy(member_PM).to(vector_ND) @ vector_ND[self._rows]).cpu().double().numpy()
 
 
 class SparseSums:

@@ -97,7 +97,7 @@ class AdlFold:
         for place, layer in enumerate(self._read_layers):
             both = block.difference(layer), block.base.residual(layer).float()
             for sum_GD, vector_ND in zip(self._sums_2LGD[:, place], both, strict=True):
-                sum_GD[0] += vector_ND.sum(0).double().cpu().numpy()
+                sum_GD[0] += vector_ND.sum(0).cpu().double().numpy()
                 sum_GD[grouping.groups] += grouping.vector_sums(vector_ND)
 
     def finish(self) -> Tables:

@@ -281,7 +281,7 @@ class _MeanVectors:
 
     def add(self, place: int, delta_ND: Any, grouping: Grouping) -> None:
         """Adds δ of N tokens at one layer."""
-        self._sums_LGD[place, 0] += delta_ND.sum(0).double().cpu().numpy()
+        self._sums_LGD[place, 0] += delta_ND.sum(0).cpu().double().numpy()
         self._sums_LGD[place, grouping.groups] += grouping.vector_sums(delta_ND)
 
     def count(self, base_norm_LN: np.ndarray, grouping: Grouping) -> None:
