@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffing_core.corpus import corpus_of_texts
 from diffing_core.comparison import run_key, write_result
+from diffing_core.corpus import corpus_of_texts
 from diffing_core.errors import StorageError
 from diffing_core.lake import Lake
 from diffing_core.methods import get_method
