@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from diffing_core.lazy import torch
+
 
 class GroupedSums:
     """Count, sums and maxima of several quantities per integer group; groups appear as they are met."""
@@ -40,6 +42,65 @@ class GroupedSums:
     def maximum(self, name: str) -> np.ndarray:
         """Largest value of one quantity in each of `groups`."""
         return self._maxima[name][self.groups]
+
+
+class Grouping:
+    """Rows of a block by integer group: the `groups` that occur, ascending, and their `counts`.
+
+    `row_M` names the row of each of the M memberships, so that a row may be in several groups or in none;
+    without it, row i is in group `group_M[i]`.
+    """
+
+    def __init__(self, group_M: np.ndarray, row_M: np.ndarray | None = None) -> None:
+        order = np.argsort(group_M, kind="stable")
+        self._rows = order if row_M is None else row_M[order]
+        self.groups, self._starts, self.counts = np.unique(group_M[order], return_index=True, return_counts=True)
+
+    def sums(self, value_CN: np.ndarray) -> np.ndarray:
+        """Sums of C quantities over each of the P groups, float64 [C, P]."""
+        return np.add.reduceat(value_CN[:, self._rows], self._starts, axis=1, dtype=np.float64)
+
+    def vector_sums(self, vector_ND: Any) -> np.ndarray:
+        """Sums of torch vectors over each group, float64 [P, D]: one product, in the same order on any device."""
+        member_PM = np.repeat(np.eye(len(self.groups), dtype=np.float32), self.counts, axis=1)
+        return (torch.from_numpy(member_PM).to(vector_ND) @ vector_ND[self._rows]).cpu().double().numpy()
+
+
+class SparseSums:
+    """Count and float64 sums of C quantities per integer group; an update costs its block, however many groups there are."""
+
+    def __init__(self, n_quantities: int) -> None:
+        self._slots: dict[int, int] = {}
+        self._sums = np.zeros((n_quantities, 0))
+        self._counts = np.zeros(0, np.int64)
+
+    def add(self, group_N: np.ndarray, value_CN: np.ndarray) -> None:
+        """Adds N observations of every quantity."""
+        grouping = Grouping(group_N)
+        slots = [self._slots.setdefault(group, len(self._slots)) for group in grouping.groups.tolist()]
+        if len(self._slots) > len(self._counts):
+            spare = 2 * len(self._slots) - len(self._counts)
+            self._sums = np.pad(self._sums, ((0, 0), (0, spare)))
+            self._counts = np.pad(self._counts, (0, spare))
+        self._sums[:, slots] += grouping.sums(value_CN)
+        self._counts[slots] += grouping.counts
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Groups with at least one observation, ascending."""
+        return np.asarray(sorted(self._slots), np.int64)
+
+    def count(self) -> np.ndarray:
+        """Observations of each of `groups`."""
+        return self._counts[self._ordered]
+
+    def mean(self) -> np.ndarray:
+        """Means of the C quantities in each of `groups`, [C, P]."""
+        return self._sums[:, self._ordered] / self.count()
+
+    @property
+    def _ordered(self) -> list[int]:
+        return [self._slots[group] for group in sorted(self._slots)]
 
 
 class Moments:

@@ -1,14 +1,13 @@
 """Activation difference lens: what the mean activation difference says through the unembedding.
 
-For each layer and position label p, over many texts that have nothing to do with the finetune,
+For each layer and position p, over many texts that have nothing to do with the finetune,
 
-    δ̄_p = mean_i (h_tuned[i, p] − h_base[i, p])        summed in float64
+    δ̄_p = mean_i (h_tuned[i, p] − h_base[i, p])        subtracted in float32, summed in float64
 
 is read through the final norm and the head: p⁺ = softmax(W_U γ⊙δ̂), p⁻ = softmax(−W_U γ⊙δ̂), δ̂ of unit
-root mean square, norm and head biases dropped (a norm is not linear; its gain is what acts on a
-direction). Both models' heads decode it. Labels count from the start of a text, and in a chat from the
-first token of the answer (negative labels lie in the template before it); label null is the mean over
-all tokens. Every layer in the same pass.
+root mean square (see `diffing_core.direction_lens`). Both models' heads decode it. Positions count from the
+start of a text, and in a chat from the first token of the answer (negative ones lie in the template before
+it); one more vector is the mean over every token. All layers in the same pass.
 
 Reference: https://arxiv.org/abs/2510.13900
 """
@@ -16,18 +15,16 @@ Reference: https://arxiv.org/abs/2510.13900
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
 from diffing_core.blocks import StreamContext, TokenBlock
-from diffing_core.corpus import ROLES, ProbeSequence
+from diffing_core.direction_lens import DirectionLens
 from diffing_core.findings import Finding
-from diffing_core.lazy import torch
 from diffing_core.methods.base import Method, Need, Tables
+from diffing_core.position_labels import COUNTED_FROM, POSITION, PositionLabels
 from diffing_core.settings import Settings
 from diffing_core.tables import Column, TableSpec
-
-ASSISTANT = ROLES.index("assistant")
-NO_ANSWER = 2**31
 
 
 class AdlSettings(Settings):
@@ -37,18 +34,21 @@ class AdlSettings(Settings):
     positions: int = Field(5, ge=1, description="Positions from the start of the text or of the answer.")
     before_answer: int = Field(3, ge=0, description="In chats, positions before the answer that are read too.")
     top_tokens: int = Field(20, ge=1, description="Tokens listed per vector, head and direction.")
+    min_probability: float = Field(
+        1e-8, ge=0, le=1, description="Mean probability in some model that lets a token be listed which the corpus lacks."
+    )
     shown_layers: tuple[float, ...] = Field((0.5, 0.75, 1.0), description="Depths whose tokens become findings.")
     shown: int = Field(40, ge=1, description="Findings shown.")
 
 
-POSITION = Column("position", "int32", "Label of the position; null is the mean over all tokens.", role="key",
-                  nullable=True)  # fmt: skip
+LAYER = Column("layer", "int32", "Block whose output was read, from 0.", role="key")
 VECTORS = TableSpec(
     "adl_vectors",
     "Mean activation difference per layer and position.",
-    ("layer", "position"),
+    ("layer", "counted_from", "position"),
     (
-        Column("layer", "int32", "Block whose output was read, from 0.", role="key"),
+        LAYER,
+        COUNTED_FROM,
         POSITION,
         Column("n_layers", "int32", "Blocks of the model."),
         Column("n_tokens", "int64", "Tokens averaged.", role="count"),
@@ -60,9 +60,10 @@ VECTORS = TableSpec(
 TOKENS = TableSpec(
     "adl_tokens",
     "Tokens that the mean activation difference promotes or suppresses.",
-    ("layer", "position", "head", "direction", "rank"),
+    ("layer", "counted_from", "position", "head", "direction", "rank"),
     (
-        Column("layer", "int32", "Block whose output was read, from 0.", role="key"),
+        LAYER,
+        COUNTED_FROM,
         POSITION,
         Column("head", "string", "Whose norm and head decode: base or tuned.", role="key"),
         Column("direction", "string", "promoted (p⁺) or suppressed (p⁻).", role="key"),
@@ -75,89 +76,68 @@ TOKENS = TableSpec(
 
 
 class AdlFold:
-    """Sums of δ and of h_base per layer and label; row 0 is all tokens, the rest are labels."""
+    """Sums of δ and of h_base per layer and label."""
 
     def __init__(self, context: StreamContext, settings: AdlSettings) -> None:
-        self.layers = context.pick_layers(settings.layers)
+        self._read_layers = context.pick_layers(settings.layers)
+        self._lens = DirectionLens(context, settings.min_probability)
+        self.layers = tuple(sorted({*self._read_layers, *self._lens.layers}))
         self._context = context
         self._settings = settings
-        self._origin_S = np.asarray([answer_start(sequence) for sequence in context.corpus.sequences])
-        self._labels = np.arange(-settings.before_answer, settings.positions)
-        rows = 1 + len(self._labels)
-        self._counts = torch.zeros(rows, dtype=torch.float64)
-        self._sums = {layer: torch.zeros(2, rows, context.d_model, dtype=torch.float64) for layer in self.layers}
+        self._labels = PositionLabels(context.corpus, settings.positions, settings.before_answer)
+        self._counts_G = np.zeros(len(self._labels), np.int64)
+        self._sums_2LGD = np.zeros((2, len(self._read_layers), len(self._labels), context.d_model))
 
     def update(self, block: TokenBlock) -> None:
         """Adds N tokens at every layer."""
-        label_N = block.position_N - self._origin_S[block.sequence_N]
-        row_N = label_N - self._labels[0] + 1
-        labelled = (row_N >= 1) & (row_N <= len(self._labels))
-        chosen_N = torch.from_numpy(np.flatnonzero(labelled))
-        target_N = torch.from_numpy(row_N[labelled])
-        self._counts[0] += len(block)
-        self._counts.index_add_(0, target_N, torch.ones(len(target_N), dtype=torch.float64))
-        for layer in self.layers:
-            for sums_RD, values_ND in zip(
-                self._sums[layer], (block.difference(layer), block.base.residual(layer).float()), strict=True
-            ):
-                sums_RD[0] += values_ND.sum(0).double().cpu()
-                sums_RD.index_add_(0, target_N, values_ND[chosen_N].cpu().double())
+        self._lens.update(block)
+        grouping = self._labels.grouping(block)
+        self._counts_G[0] += len(block)
+        self._counts_G[grouping.groups] += grouping.counts
+        for place, layer in enumerate(self._read_layers):
+            both = block.difference(layer), block.base.residual(layer).float()
+            for sum_GD, vector_ND in zip(self._sums_2LGD[:, place], both, strict=True):
+                sum_GD[0] += vector_ND.sum(0).cpu().double().numpy()
+                sum_GD[grouping.groups] += grouping.vector_sums(vector_ND)
 
     def finish(self) -> Tables:
         """The two tables; labels that no sequence has are left out."""
-        kept = [row for row in range(len(self._counts)) if self._counts[row] > 0]
-        vectors = [self._vector_row(layer, row) for layer in self.layers for row in kept]
-        tokens = [row for vector in vectors for row in self._token_rows(vector)]
-        return {
-            VECTORS.name: VECTORS.table({name: [row[name] for row in vectors] for name in VECTORS.schema.names}),
-            TOKENS.name: TOKENS.table({name: [row[name] for row in tokens] for name in TOKENS.schema.names}),
+        kept = np.flatnonzero(self._counts_G)
+        delta_XD, base_XD = (self._sums_2LGD[:, :, kept] / self._counts_G[kept, None]).reshape(2, -1, self._context.d_model)
+        labels = [self._labels.labels[number] for number in kept] * len(self._read_layers)
+        places = {
+            "layer": np.repeat(self._read_layers, len(kept)).tolist(),
+            "counted_from": [counted_from for counted_from, _ in labels],
+            "position": [position for _, position in labels],
         }
+        norm_X = np.linalg.norm(delta_XD, axis=1)
+        vectors = VECTORS.table(
+            places
+            | {
+                "n_layers": [self._context.n_layers] * len(labels),
+                "n_tokens": np.tile(self._counts_G[kept], len(self._read_layers)),
+                "norm": norm_X,
+                "relative_norm": norm_X / np.maximum(np.linalg.norm(base_XD, axis=1), 1e-12),
+                "vector": delta_XD.astype(np.float32),
+            }
+        )
+        return {VECTORS.name: vectors, TOKENS.name: self._token_table(places, delta_XD)}
 
-    def _vector_row(self, layer: int, row: int) -> dict[str, Any]:
-        delta_D, base_D = self._sums[layer][:, row] / self._counts[row]
-        return {
-            "layer": layer,
-            "position": None if row == 0 else int(self._labels[row - 1]),
-            "n_layers": self._context.n_layers,
-            "n_tokens": int(self._counts[row]),
-            "norm": float(delta_D.norm()),
-            "relative_norm": float(delta_D.norm() / base_D.norm().clamp(min=1e-12)),
-            "vector": delta_D.float().numpy(),
-        }
-
-    def _token_rows(self, vector: dict[str, Any]) -> list[dict[str, Any]]:
-        if vector["norm"] == 0:
-            return []
-        delta_D = torch.from_numpy(vector["vector"])
-        unit_D = delta_D / delta_D.square().mean().sqrt()
-        return [
-            {"layer": vector["layer"], "position": vector["position"], "head": head, "direction": direction, **row}
-            for head in ("base", "tuned")
-            for direction, sign in (("promoted", 1), ("suppressed", -1))
-            for row in self._decoded(getattr(self._context, head), sign * unit_D)
-        ]
-
-    def _decoded(self, subject: Any, unit_D: Any) -> list[dict[str, Any]]:
-        logits_V = subject.lens_of_difference(unit_D.to(subject.device, subject.dtype)[None])[0]
-        probability_V = logits_V[: self._context.vocab_size].float().softmax(-1).cpu().numpy()
-        ids = np.argsort(-probability_V, kind="stable")
-        ids = ids[self._context.readable_V[ids]][: self._settings.top_tokens]
-        texts = self._context.token_texts(ids)
-        return [
-            {"rank": rank, "token_id": int(token_id), "token": text, "probability": float(probability_V[token_id])}
-            for rank, (token_id, text) in enumerate(zip(ids, texts, strict=True), start=1)
-        ]
-
-
-def answer_start(sequence: ProbeSequence) -> int:
-    """Position from which labels count: the first token of the answer in a chat, 0 in a text.
-
-    A chat that is cut before its answer has no label: its opening must not be averaged with answers.
-    """
-    if not sequence.role_T.any():
-        return 0
-    answer = np.flatnonzero((sequence.role_T == ASSISTANT) & ~sequence.template_T)
-    return int(answer[0]) if len(answer) else NO_ANSWER
+    def _token_table(self, places: dict[str, list[Any]], delta_XD: np.ndarray) -> pa.Table:
+        rows = np.flatnonzero(delta_XD.any(1))
+        columns: dict[str, list[Any]] = {name: [] for name in TOKENS.schema.names}
+        for head in ("base", "tuned") if len(rows) else ():
+            for direction, listed in self._lens.read(head, delta_XD[rows], self._settings.top_tokens).items():
+                n_listed = listed.token_MK.shape[1]
+                for name, values in places.items():
+                    columns[name] += [values[row] for row in rows for _ in range(n_listed)]
+                columns["head"] += [head] * listed.token_MK.size
+                columns["direction"] += [direction] * listed.token_MK.size
+                columns["rank"] += [*range(1, n_listed + 1)] * len(rows)
+                columns["token_id"] += listed.token_MK.reshape(-1).tolist()
+                columns["probability"] += listed.probability_MK.reshape(-1).tolist()
+        columns["token"] = self._context.token_texts(columns["token_id"])
+        return TOKENS.table(columns)
 
 
 def findings(tables: Tables, settings: AdlSettings) -> list[Finding]:
@@ -169,7 +149,7 @@ def findings(tables: Tables, settings: AdlSettings) -> list[Finding]:
         for row in tables[TOKENS.name].to_pylist()
         if row["layer"] in layers and row["head"] == "tuned" and row["direction"] == "promoted"
     ]
-    rows.sort(key=lambda row: (row["rank"], -row["layer"], row["position"] is not None, row["position"] or 0))
+    rows.sort(key=lambda row: (row["rank"], -row["layer"], row["counted_from"], row["position"] or 0))
     return [
         Finding(
             "token", row["token"], row["probability"], "lens probability", TOKENS.name,
@@ -182,13 +162,13 @@ def findings(tables: Tables, settings: AdlSettings) -> list[Finding]:
 def headline(tables: Tables) -> dict[str, float | int | str]:
     """The vector that is largest beside the base's own mean."""
     top = max(tables[VECTORS.name].to_pylist(), key=lambda row: row["relative_norm"])
-    where = "all tokens" if top["position"] is None else f"position {top['position']}"
+    where = "all tokens" if top["position"] is None else f"position {top['position']} from the {top['counted_from']}"
     return {"max_relative_norm": top["relative_norm"], "at": f"layer {top['layer']}, {where}"}
 
 
 METHOD = Method(
     name="adl",
-    version="1",
+    version="2",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=AdlSettings,

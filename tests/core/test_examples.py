@@ -1,6 +1,7 @@
 """Top examples against a plain sort, however the blocks are cut."""
 
 import itertools
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 from diffing_core.blocks import StreamContext
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.examples import TopExamples, examples_spec
+from diffing_core.identity import RunKey
+from diffing_core.lake import Lake
+from diffing_core.pairs import Pair
 from diffing_core.tables import Column
 from tests import model_files
 from tests.model_files import VOCAB
@@ -115,6 +119,31 @@ def test_memory_is_bounded_by_groups_and_not_by_the_corpus() -> None:
     kept = [example for of_ranking in top._kept for of_group in of_ranking for example in of_group]
     assert len(kept) == 2 * 2 * 4
     assert all(example.value_T.base is None for example in kept), "a view would keep its whole block alive"
+
+
+def test_the_floor_follows_what_is_kept() -> None:
+    """The toolkit's table of least scores never noted that its store had been refreshed, and let everything through."""
+    top = TopExamples(1, 2)
+    for sequence, height in enumerate((1, 5, 3, 9, 2)):
+        top.add(np.full(2, sequence), np.arange(2), np.full((1, 2), height, np.float32))
+    top.table(examples_spec("one", "One.", ()), context(corpus()), {})
+    assert top._floor_RG.tolist() == [[5], [5]]
+
+
+def test_values_belong_to_their_group_and_not_only_to_their_sequence() -> None:
+    """The toolkit's merge mapped details by sequence, so one group was coloured with another's values."""
+    values = {0: np.array([[1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1]], np.float32)}
+    rows = collected(values, arrival=(0,)).filter(pl.col("ranked_by") == "max")
+    assert dict(rows.select("layer", "values").rows()) == {0: [1, 2, 3, 4, 5, 6, 7], 3: [7, 6, 5, 4, 3, 2, 1]}
+
+
+def test_one_text_in_two_corpora_keeps_both_names(tmp_path: Path) -> None:
+    """In the toolkit's store the second dataset replaced the name of the first."""
+    lake, table = Lake(tmp_path), collected(measured(0)).to_arrow().cast(SPEC.schema)
+    for name in ("chats", "texts"):
+        key = RunKey(Pair("m", "o"), "kl", "1", "settings", "base", "adapter", name, "the same text", "diff")
+        lake.write(SPEC, key, table)
+    assert set(lake.read(SPEC)["corpus"].to_pylist()) == {"chats", "texts"}
 
 
 def test_an_example_is_named_by_its_place_in_the_corpus_and_found_again_in_sql() -> None:

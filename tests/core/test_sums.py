@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffing_core.sums import GroupedSums, LogHistogram, Moments, Rows
+from diffing_core.sums import GroupedSums, Grouping, LogHistogram, Moments, Rows, SparseSums
 
 SHARES = (0.01, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -46,6 +46,41 @@ def test_nothing_added_means_no_groups() -> None:
     sums = GroupedSums("a")
     sums.add(np.zeros(0, np.int64), {"a": np.zeros(0)})
     assert [len(sums.groups), len(sums.count()), len(sums.mean("a")), len(sums.maximum("a"))] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_grouping_sums_rows_that_are_in_several_groups_or_in_none(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    group_M, row_M = draw.choice([2, 5, 900], 40), draw.integers(0, 25, 40)
+    value_CN, vector_ND = draw.normal(size=(3, 25)), torch.from_numpy(draw.normal(size=(25, 4)))
+    grouping = Grouping(group_M, row_M)
+    assert grouping.groups.tolist() == sorted(set(group_M))
+    for place, group in enumerate(grouping.groups):
+        rows = row_M[group_M == group]
+        assert grouping.counts[place] == len(rows)
+        np.testing.assert_allclose(grouping.sums(value_CN)[:, place], value_CN[:, rows].sum(1), rtol=1e-12)
+        np.testing.assert_allclose(grouping.vector_sums(vector_ND)[place], vector_ND.numpy()[rows].sum(0), rtol=1e-12)
+
+
+def test_a_grouping_of_nothing_is_empty() -> None:
+    grouping = Grouping(np.zeros(0, np.int64))
+    assert grouping.groups.tolist() == grouping.counts.tolist() == []
+    assert grouping.sums(np.zeros((2, 0))).shape == (2, 0)
+    assert grouping.vector_sums(torch.zeros(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sparse_sums_equal_numpy_in_any_blocks(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    group_N, value_CN = draw.choice([0, 3, 150_000, 7], 500), draw.normal(size=(2, 500)).astype(np.float32)
+    sums = SparseSums(2)
+    for part in parts(500, seed):
+        sums.add(group_N[part], value_CN[:, part])
+    assert sums.groups.tolist() == sorted(set(group_N))
+    for place, group in enumerate(sums.groups):
+        chosen = group_N == group
+        assert sums.count()[place] == chosen.sum()
+        np.testing.assert_allclose(sums.mean()[:, place], value_CN[:, chosen].astype(np.float64).mean(1), rtol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,6 +9,7 @@ from scipy.stats import beta
 
 from dbt_reports.generate_sources import SOURCES, dbt_sources
 from diffing_assets.keys import table_sources
+from diffing_core.agents.calibration import prediction_bound
 from diffing_core.catalog import all_tables
 from diffing_core.pairs import Pair
 from tests.reports import synthetic
@@ -70,6 +71,15 @@ def test_exact_intervals_agree_with_the_beta_quantile() -> None:
         assert (low, high) == pytest.approx(exact(k, n), abs=1e-9)
     nothing = duckdb.sql(f"select {macros.exact_rate('k', 'n', 'x')} from (select 0 as k, 0 as n)").fetchone()
     assert nothing == (None, None, None)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 9, 30, 31, 60])
+def test_prediction_bounds_are_those_of_the_calibration(n: int) -> None:
+    macros = jinja2.Environment().from_string((PROJECT / "macros" / "intervals.sql").read_text()).module
+    scores = [(37 * k % 101) / 101 for k in range(n)]
+    for values in (scores, [0.2] * n):
+        [(bound,)] = duckdb.execute(f"select {macros.prediction_bound('score')} from (select unnest(?) as score)", [values]).fetchall()
+        assert bound == (None if n < 3 else pytest.approx(prediction_bound(values), abs=1e-3 if n <= 31 else 0.02))
 
 
 def test_only_the_newest_finished_result_counts(marts: Marts) -> None:

@@ -131,6 +131,21 @@ def test_another_number_format_or_skip_of_the_same_weights_is_never_taken_for_st
     assert rows(runs[2])["base", 1]["n_tokens"] == sum(LENGTHS) - 2 * len(LENGTHS)
 
 
+def test_two_finetunes_that_are_named_alike_never_share_a_file(tmp_path: Path) -> None:
+    """The toolkit's folder was the last part of a model's name: adapters of one repository read each other's."""
+    base = subject(0)
+    one, two = (run(tmp_path, pair_of(base, subject(seed), "adapter"))[0] for seed in (1, 2))
+    assert rows(one)["tuned", 1]["file"] != rows(two)["tuned", 1]["file"]
+    assert rows(one)["tuned", 1]["mean"] != rows(two)["tuned", 1]["mean"]
+
+
+def test_statistics_of_a_run_over_stored_activations_are_not_counted_twice(tmp_path: Path) -> None:
+    """The toolkit loaded the old statistics and added the same tokens to them again."""
+    pair = pair_of(subject(0), subject(1))
+    first, again = (rows(run(tmp_path, pair)[0]) for _ in range(2))
+    assert first == again
+
+
 def test_a_failed_run_is_never_read_as_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of two pairs fails half way: no file of it stays, and the next run writes what it had claimed."""
     base, tuned, other = subject(0), subject(1), subject(2)
