@@ -18,6 +18,7 @@ from diffing_core.corpus import ProbeCorpus
 from diffing_core.elementwise import exp
 from diffing_core.errors import UndeclaredNeedError
 from diffing_core.lazy import torch
+from diffing_core.vocabulary import Vocabulary
 
 VALUES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}  # logits of one side: rows enough for an efficient head
 VALUES_PER_TILE = {"cpu": 2**17, "cuda": 2**26}  # a dozen arrays of this size stay in a core's cache
@@ -52,21 +53,17 @@ class StreamContext:
     store: Any = None
 
     @cached_property
-    def _texts(self) -> np.ndarray:
-        ids = np.arange(self.vocab_size)[:, None].tolist()
-        return np.asarray(self.tokenizer.batch_decode(ids), dtype=object)
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.vocab_size)
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token decoded on its own."""
-        return self._texts[np.asarray(ids, dtype=np.int64)].tolist()
+        return self._vocabulary.of(ids)
 
-    @cached_property
+    @property
     def readable_V(self) -> np.ndarray:
-        """Which vocabulary entries a person can read, bool [V]: no special tokens, broken bytes, blanks."""
-        readable = np.asarray([any(map(str.isprintable, text.strip())) and "\ufffd" not in text for text in self._texts])
-        special = [token for token in self.tokenizer.all_special_ids if token < self.vocab_size]
-        readable[special] = False
-        return readable
+        """Which vocabulary entries a person can read, bool [V]."""
+        return self._vocabulary.readable_V
 
     def pick_layers(self, wanted: Sequence[int | float] | None) -> tuple[int, ...]:
         """Layers as indices: None is all, an int is a block, a fraction r is floor(r · (L − 1))."""

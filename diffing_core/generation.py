@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 DOCUMENT_MARK = "doc:"
+NO_TEMPLATE = "the tokenizer has no chat template"
 BATCH_SIZE = 128
 
 
@@ -79,18 +80,38 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer: its text without special tokens, its length, and whether the model ended it by itself."""
+    """One answer: its text without special tokens, its length, and whether the model ended it by itself.
+
+    `prompt_ids` and `answer_ids` are what was read and drawn, the token that ended the answer included.
+    """
 
     prompt_index: int
     sample: int
     text: str
     n_tokens: int
     finished: bool
+    prompt_ids: tuple[int, ...] = ()
+    answer_ids: tuple[int, ...] = ()
 
 
 def can_chat(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether chat prompts can be asked at all."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def askable(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Which of the prompts can be asked: without a chat template, documents only.
+
+    Raises:
+        NotComputableError: none can.
+    """
+    asked = [index for index, prompt in enumerate(prompts) if prompt.kind == "document" or can_chat(tokenizer)]
+    if not asked:
+        raise NotComputableError(
+            f"none of {len(prompts)} prompt(s) can be asked: all are chats and {NO_TEMPLATE}; set chat_template in the "
+            f"registry entry of the model, or give prompts that begin with {DOCUMENT_MARK}"
+        )
+    return asked
 
 
 def generate(
@@ -125,7 +146,10 @@ def generate(
                 logits_processor=_processors(sampling, draws, token_BT),
             )
             answers = output_BT[:, token_BT.shape[1] :].tolist()
-            made += [_generation(*row, answer, stops, tokenizer) for row, answer in zip(chosen, answers, strict=True)]
+            made += [
+                _generation(index, sample, ids[index], answer, stops, tokenizer)
+                for (index, sample), answer in zip(chosen, answers, strict=True)
+            ]
             advance(len(chosen))
     return sorted(made, key=lambda each: (each.prompt_index, each.sample))
 
@@ -248,8 +272,10 @@ def _left_padded(rows: list[list[int]], device: Any) -> tuple[Any, Any]:
     return torch.as_tensor(token_BT, device=device), torch.as_tensor(mask_BT, device=device)
 
 
-def _generation(index: int, sample: int, answer: list[int], stops: list[int], tokenizer: Any) -> Generation:
+def _generation(
+    index: int, sample: int, prompt: list[int], answer: list[int], stops: list[int], tokenizer: Any
+) -> Generation:
     """Cuts the answer before its first stop token."""
     end = next((place for place, token in enumerate(answer) if token in stops), len(answer))
     text = tokenizer.decode(answer[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Generation(index, sample, text, end, end < len(answer))
+    return Generation(index, sample, text, end, end < len(answer), tuple(prompt), tuple(answer[: end + 1]))

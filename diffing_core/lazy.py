@@ -20,3 +20,4 @@ class LazyModule:
 
 torch: Any = LazyModule("torch")
 functional: Any = LazyModule("torch.nn.functional")
+pl: Any = LazyModule("polars")

@@ -26,7 +26,7 @@ from pydantic import Field
 from diffing_core.agents.words import clean
 from diffing_core.errors import NotComputableError
 from diffing_core.findings import Finding
-from diffing_core.generation import Generation, Prompt, Sampling, can_chat, generate
+from diffing_core.generation import NO_TEMPLATE, Generation, Prompt, Sampling, askable, generate
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.models import ModelPair
 from diffing_core.settings import Settings
@@ -35,7 +35,6 @@ from diffing_core.tables import Column, TableSpec
 
 SIDES = ("base", "tuned")
 SHOWN_CHARACTERS = 300
-NO_TEMPLATE = "the tokenizer has no chat template"
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
@@ -140,12 +139,7 @@ def run(inputs: Inputs, settings: BlackboxSettings) -> Tables:
     prompts = [
         Prompt.parse(text, system=settings.system_prompt, thinking=settings.thinking) for text in settings.prompts
     ]
-    asked = [index for index, prompt in enumerate(prompts) if prompt.kind == "document" or can_chat(pair.tokenizer)]
-    if not asked:
-        raise NotComputableError(
-            f"none of {len(prompts)} prompt(s) can be asked: all are chats and {NO_TEMPLATE}; set chat_template in the "
-            "registry entry of the model, or give prompts that begin with doc:"
-        )
+    asked = askable(prompts, pair.tokenizer)
     sampling = Sampling(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples)
     base, tuned = (
         generate(side, pair.tokenizer, [prompts[index] for index in asked], sampling=sampling, seed=settings.seed)

@@ -11,8 +11,8 @@ import numpy as np
 
 from diffing_core.lazy import torch
 from diffing_core.methods.weight_diff.declaration import WeightDiffSettings
-from diffing_core.methods.weight_diff.vocabulary import Vocabulary
 from diffing_core.spectra import Lens
+from diffing_core.vocabulary import Vocabulary
 from diffing_core.weight_files import OpenSide
 from diffing_core.weights import TensorDelta, WeightPair
 
@@ -48,7 +48,7 @@ def read_directions(
     vocabulary = Vocabulary(pair.tokenizer(), side.place(side.checkpoint.head).shape[0])
     lens = _lens_of(side, vocabulary.readable_V)
     rows: list[dict[str, Any]] = []
-    score_V = torch.zeros(len(vocabulary.texts), dtype=torch.float64)
+    score_V = torch.zeros(len(vocabulary.text_V), dtype=torch.float64)
     best_V, best_module_V = torch.zeros_like(score_V), torch.zeros(len(score_V), dtype=torch.int64)
     for number, (module, z_KV) in enumerate(_lenses(lens, written)):
         rows += _direction_rows(module, z_KV, vocabulary, settings.direction_tokens)
@@ -62,7 +62,7 @@ def read_directions(
     return rows, [
         {
             "token_id": token,
-            "token": vocabulary.texts[token],
+            "token": vocabulary.text_V[token],
             "score": score_V[token].item(),
             "strongest_module": written[int(best_module_V[token])].delta.name,
         }

@@ -7,7 +7,12 @@ import pyarrow as pa
 
 from diffing_core.lazy import torch
 from diffing_core.methods.base import Inputs, Need, Tables
-from diffing_core.methods.weight_diff.change import Change, layer_rows, tensor_row, unmatched_row
+from diffing_core.methods.weight_diff.change import (
+    Change,
+    layer_rows,
+    tensor_row,
+    unmatched_row,
+)
 from diffing_core.methods.weight_diff.declaration import (
     DIRECTIONS,
     LAYERS,
@@ -17,7 +22,7 @@ from diffing_core.methods.weight_diff.declaration import (
     WeightDiffSettings,
 )
 from diffing_core.methods.weight_diff.directions import Written, read_directions
-from diffing_core.methods.weight_diff.vocabulary import token_rows
+from diffing_core.methods.weight_diff.token_rows import token_rows
 from diffing_core.tables import TableSpec
 from diffing_core.weights import WeightPair, unmatched_tensors, weight_stream
 
