@@ -128,32 +128,6 @@ class Moments:
         return self._squares_D / max(self.count, 1)
 
 
-class LogHistogram:
-    """Quantiles of positive numbers from logarithmic bins: relative error at most RESOLUTION / 2.
-
-    Zeros have a bin of their own, so a quantile of all-equal models is exactly zero.
-    """
-
-    RESOLUTION = 0.01
-    LOWEST = 1e-12
-
-    def __init__(self) -> None:
-        self._counts = np.zeros(0, np.int64)
-
-    def add(self, values_N: np.ndarray) -> None:
-        """Adds N numbers, none negative."""
-        scaled = np.log(np.maximum(values_N, self.LOWEST) / self.LOWEST) / np.log1p(self.RESOLUTION)
-        bins = np.where(values_N > 0, 1 + scaled.astype(np.int64), 0)
-        size = max(len(self._counts), int(bins.max(initial=-1)) + 1)
-        self._counts = _grown(self._counts, size, 0) + np.bincount(bins, minlength=size)
-
-    def quantile(self, share: float) -> float:
-        """The value below which this share of the numbers lies."""
-        wanted = share * self._counts.sum()
-        place = int(np.searchsorted(np.cumsum(self._counts), wanted))
-        return 0.0 if place == 0 else float(self.LOWEST * (1 + self.RESOLUTION) ** (place - 0.5))
-
-
 class Rows:
     """Columns gathered block by block, given back in one order whatever the blocks were."""
 

@@ -140,7 +140,7 @@ _DEMO = Tier(
     name="demo",
     corpus=CorpusSize(n_characters=10_000_000, vocabulary=4096, n_probe_documents=160),
     model=ModelSize(layers=4, width=128, heads=4, kv_heads=2, head_width=32, mlp_width=384),
-    pretraining=Schedule(steps=850, learning_rate=3e-3, warmup_steps=20),
+    pretraining=Schedule(steps=500, learning_rate=3e-3, warmup_steps=20),
     finetunes=_finetunes(
         mixed=Schedule(steps=100, learning_rate=4e-3, batch_size=8),
         strong=Schedule(steps=60, learning_rate=2e-3, batch_size=8),

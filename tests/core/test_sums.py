@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffing_core.sums import GroupedSums, Grouping, LogHistogram, Moments, Rows, SparseSums
+from diffing_core.sums import GroupedSums, Grouping, Moments, Rows, SparseSums
 
 SHARES = (0.01, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -127,33 +127,6 @@ def test_sums_of_a_million_float32_values_stay_exact() -> None:
     for _ in range(100):
         sums.add(np.zeros(10_000, np.int64), {"a": np.full(10_000, 0.1, np.float32)})
     assert sums.mean("a")[0] == pytest.approx(float(np.float32(0.1)), rel=1e-10)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-def test_quantiles_are_within_half_a_percent_in_any_blocks(seed: int, scale: float) -> None:
-    values_N = (np.random.default_rng(seed).lognormal(0, 2, 3000) * scale).astype(np.float32)
-    histogram = LogHistogram()
-    for part in parts(3000, seed):
-        histogram.add(values_N[part])
-    for share in SHARES:
-        exact = np.quantile(values_N, share, method="inverted_cdf")
-        assert histogram.quantile(share) == pytest.approx(exact, rel=LogHistogram.RESOLUTION / 2 + 1e-4), share
-
-
-def test_quantiles_of_zeros_are_exactly_zero() -> None:
-    histogram = LogHistogram()
-    assert histogram.quantile(0.5) == 0.0
-    histogram.add(np.zeros(90, np.float32))
-    histogram.add(np.full(10, 2.0, np.float32))
-    assert histogram.quantile(0.5) == histogram.quantile(0.9) == 0.0
-    assert histogram.quantile(0.95) == pytest.approx(2.0, rel=0.005)
-
-
-def test_numbers_below_the_lowest_bin_are_small_but_not_zero() -> None:
-    histogram = LogHistogram()
-    histogram.add(np.array([1e-30]))
-    assert 0 < histogram.quantile(0.5) < 2 * LogHistogram.LOWEST
 
 
 @pytest.mark.parametrize("seed", range(3))
