@@ -3,23 +3,27 @@
     d[i, v]           = log p_tuned(v | i) − log p_base(v | i)      position i, vocabulary entry v, in nats
     top_k_occurring   = 100 · #{i : v among the K largest d[i, ·]} / positions
     fraction_positive = #{i : d[i, v] > 0} / positions
-    log_odds          = z of Monroe's log-odds of being among the K largest against the K smallest
-    nmf_topic_t       = weight of v in topic t of the (position × token) matrix of the K largest d
+    log_odds          = z of Monroe's log-odds of a document raising v rather than lowering it (see `evidence`)
+    nmf_topic_t       = weight of v in topic t of the (position × token) matrix of the K largest d (see `topics`)
 
 Log-probabilities and not raw logits, since a logit's offset is arbitrary at every position: it moves the
-sign of d and every mean. The sets of the K largest are the same for both. Each token's q-value takes the
-document as the unit (see `evidence`). Everything streams: memory is one block, the vocabulary and a
-bounded sample of positions, whatever the corpus.
+sign of d and every mean. The sets of the K largest are the same for both. Predictions of an earlier layer
+may be mined instead of the models' own (see `source`).
 
-Reference: Diff Mining (arXiv 2608.26462); Monroe, Colaresi and Quinn 2008.
+Further: where the first tokens of the list occur and in whose company (`company`), and which passages of the
+probe texts finetuning made likelier (`windows`). Everything streams: memory is one block, a few numbers per
+vocabulary entry and bounded samples of positions, whatever the corpus.
+
+References: Diff Mining (arXiv 2608.26462); Monroe, Colaresi and Quinn 2008.
 """
 
 import pyarrow.compute as pc
 
 from diffing_core.findings import Finding
 from diffing_core.methods.base import Method, Need, Tables
-from diffing_core.methods.diff_mining.declaration import ORDERINGS, TOPICS, VOCABULARY, DiffMiningSettings
+from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.fold import DiffMiningFold
+from diffing_core.methods.diff_mining.schema import ORDERINGS, TABLES, TOPICS, VOCABULARY
 
 SIGNIFICANT = 0.05
 SHARE = "share of positions"
@@ -27,7 +31,6 @@ SHARE = "share of positions"
 
 def findings(tables: Tables, settings: DiffMiningSettings) -> list[Finding]:
     """Raised tokens by log-odds, those that hold over documents first; then the topics."""
-    p_values = dict(zip(*(tables[VOCABULARY.name][name].to_pylist() for name in ("token_id", "p_value")), strict=True))
     rows = tables[ORDERINGS.name].filter(pc.field("ordering") == "log_odds").to_pylist()
     rows.sort(key=lambda row: (not _holds(row["q_value"]), row["rank"]))
     tokens = [
@@ -38,7 +41,7 @@ def findings(tables: Tables, settings: DiffMiningSettings) -> list[Finding]:
             row["ordering_unit"],
             ORDERINGS.name,
             {"ordering": "log_odds", "token_id": row["token_id"]},
-            p_value=p_values[row["token_id"]],
+            p_value=row["p_value"],
             q_value=row["q_value"],
         )
         for row in rows[: settings.shown]
@@ -69,11 +72,11 @@ def _holds(q_value: float | None) -> bool:
 
 METHOD = Method(
     name="diff_mining",
-    version="1",
+    version="2",
     kind="stream",
-    needs=frozenset({Need.LOGPROBS}),
+    needs=frozenset({Need.LOGPROBS, Need.RESIDUALS, Need.MODELS}),
     settings=DiffMiningSettings,
-    tables=(ORDERINGS, VOCABULARY, TOPICS),
+    tables=TABLES,
     reference="Diff Mining (arXiv 2608.26462); Monroe, Colaresi and Quinn 2008",
     findings=findings,
     headline=headline,

@@ -4,19 +4,21 @@
     mass_t = Σ_i H[i, t] · Σ_v W[v, t]      prevalence_t = share of i whose largest H[i, t] Σ_v W[v, t] is t
     concentration_t = 1 − entropy(W[:, t] / Σ_v W[v, t]) / log(number of tokens)
 
+    cosines[t, u] = W[:, t] · W[:, u] / (‖W[:, t]‖ ‖W[:, u]‖)
+
 W is scaled so that each topic's weights sum to 1. The fit is seeded and reads a bounded, uniform sample
-of positions. Reference: Lee and Seung 1999; scikit-learn's NMF.
+of positions.
 
 Suffixes: N positions of a block, P positions of the sample, K top-k, G groups of tokens, T topics.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
+from diffing_core.methods.diff_mining.factorisation import factorise
 from diffing_core.sums import Rows
 
 NEGLIGIBLE = 1e-6
@@ -70,7 +72,7 @@ class Topics:
     mass_T: np.ndarray
     prevalence_T: np.ndarray
     concentration_T: np.ndarray
-    largest_cosine_T: np.ndarray
+    cosine_TT: np.ndarray
     n_positions: int
     n_tokens: int
 
@@ -86,7 +88,7 @@ def find_topics(
     n_topics = min(settings.topics, *matrix.shape)
     if not n_topics:
         return None
-    activation_PT, weight_TC = _factorise(matrix, n_topics, settings)
+    activation_PT, weight_TC = factorise(matrix, n_topics, settings)
     return _describe(activation_PT.astype(np.float64), weight_TC.astype(np.float64), groups, len(listable_G))
 
 
@@ -100,10 +102,15 @@ def entry_matrix(
     from scipy.sparse import csr_matrix
 
     raised_PK = (values_PK > 0) & listable_G[group_PK]
-    _, row_E = np.unique(np.nonzero(raised_PK)[0], return_inverse=True)
-    groups, column_E = np.unique(group_PK[raised_PK], return_inverse=True)
-    shape = (row_E.max(initial=-1) + 1, len(groups))
-    matrix = csr_matrix((values_PK[raised_PK], (row_E, column_E)), shape=shape, dtype=np.float32)
+    group_E = group_PK[raised_PK]
+    n_entries_P = raised_PK.sum(1)
+    row_ends = np.append(0, n_entries_P[n_entries_P > 0].cumsum())
+    groups = np.flatnonzero(np.bincount(group_E, minlength=len(listable_G)))
+    column_G = np.zeros(len(listable_G), np.int32)
+    column_G[groups] = np.arange(len(groups))
+    shape = (len(row_ends) - 1, len(groups))
+    matrix = csr_matrix((values_PK[raised_PK], column_G[group_E], row_ends), shape=shape, dtype=np.float32)
+    matrix.sum_duplicates()
     if binary:
         matrix.data[:] = 1
     return matrix, groups
@@ -124,24 +131,6 @@ def _mixed(key_N: np.ndarray) -> np.ndarray:
     return key_N ^ (key_N >> np.uint64(31))
 
 
-def _factorise(matrix: Any, n_topics: int, settings: DiffMiningSettings) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.decomposition import NMF
-    from sklearn.exceptions import ConvergenceWarning
-
-    model = NMF(
-        n_topics,
-        init="nndsvda",
-        solver="cd" if settings.nmf_loss == "frobenius" else "mu",
-        beta_loss=settings.nmf_loss,
-        max_iter=settings.nmf_iterations,
-        random_state=settings.seed,
-    )
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # an exact fit may leave a loss of −1e-9
-        warnings.simplefilter("ignore", ConvergenceWarning)  # nmf_iterations is a budget, not a promise
-        activation_PT = model.fit_transform(matrix)
-    return activation_PT, model.components_
-
-
 def _describe(activation_PT: np.ndarray, weight_TC: np.ndarray, groups: np.ndarray, n_groups: int) -> Topics:
     total_T = weight_TC.sum(1)
     part_PT = activation_PT * total_T
@@ -156,7 +145,7 @@ def _describe(activation_PT: np.ndarray, weight_TC: np.ndarray, groups: np.ndarr
         mass_T=part_PT.sum(0),
         prevalence_T=np.bincount(leader_P, minlength=len(order)) / len(part_PT),
         concentration_T=_concentration(share_TC),
-        largest_cosine_T=_largest_cosine(share_TC),
+        cosine_TT=_cosines(share_TC),
         n_positions=len(part_PT),
         n_tokens=len(groups),
     )
@@ -170,8 +159,6 @@ def _concentration(share_TC: np.ndarray) -> np.ndarray:
     return 1 - entropy_T / np.log(n_tokens)
 
 
-def _largest_cosine(share_TC: np.ndarray) -> np.ndarray:
+def _cosines(share_TC: np.ndarray) -> np.ndarray:
     unit_TC = share_TC / np.linalg.norm(share_TC, axis=1, keepdims=True)
-    cosine_TT = unit_TC @ unit_TC.T
-    np.fill_diagonal(cosine_TT, 0)
-    return cosine_TT.max(1, initial=0)
+    return np.clip(unit_TC @ unit_TC.T, 0, 1)
