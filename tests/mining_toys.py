@@ -105,7 +105,8 @@ def folded(
     corpus = lengths if isinstance(lengths, ProbeCorpus) else corpus_of(lengths)
     fold = DiffMiningFold(context_of(words or words_of(vocab_size), corpus), METHOD.settings(**PLAIN | settings))
     base_MV = np.zeros_like(difference_MV) if base_MV is None else base_MV
-    for block in blocks_of(corpus, base_MV, base_MV + difference_MV, cuts or np.array_split(np.arange(n), -(-n // 7))):
+    cuts = np.array_split(np.arange(n), -(-n // 7)) if cuts is None else cuts
+    for block in blocks_of(corpus, base_MV, base_MV + difference_MV, cuts):
         fold.update(block)
     return fold
 
