@@ -5,8 +5,10 @@ to its denominator the gradient of the penalty λ Σ_{t < u} Σ_i P[i, t] P[i, u
 
     H ← H ∘ numerator_H / (denominator_H + λ (H 1 − H))        W likewise, over tokens
 
-which drives one topic per position and one per token. X is scaled to a mean entry of 1 for it, so that λ
-means the same for nats and for occurrences.
+which drives one topic per position and one per token (by Kullback–Leibler the latter only nearly: a token
+that occurs under two topics must have weight in both). X is scaled to a mean entry of 1, so that λ means the
+same for nats and for occurrences, and both factors are kept of one size, or the penalty could be evaded by
+making one factor small and the other large.
 
 References: Lee and Seung 1999 and 2001 (updates); Choi 2008 (orthogonality); scikit-learn's NMF.
 Suffixes: P positions, C tokens, T topics, E entries of X that are not 0.
@@ -56,20 +58,22 @@ def _orthogonal(
     scaled, penalty = matrix / scale, settings.nmf_orthogonality
     turned = scaled.T.tocsr()
     activation_PT, weight_CT = _balanced(activation_PT / scale, weight_TC.T)
+    activation_PT, weight_CT = (np.maximum(each, FLOOR * each.mean()) for each in (activation_PT, weight_CT))
     for _ in range(settings.nmf_iterations):
-        activation_PT = _updated(scaled, activation_PT, weight_CT, settings.nmf_loss, penalty)
-        weight_CT = _updated(turned, weight_CT, activation_PT, settings.nmf_loss, penalty)
+        activation_PT = updated(scaled, activation_PT, weight_CT, settings.nmf_loss, penalty)
+        weight_CT = updated(turned, weight_CT, activation_PT, settings.nmf_loss, penalty)
+        activation_PT, weight_CT = _balanced(activation_PT, weight_CT)
     return activation_PT * scale, weight_CT.T
 
 
 def _balanced(first_PT: np.ndarray, second_CT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same product with both factors of one size per topic, and nowhere 0."""
+    """The same product with both factors of one mean per topic."""
     ratio_T = np.sqrt(np.maximum(second_CT.mean(0), SMALL) / np.maximum(first_PT.mean(0), SMALL))
-    return tuple(np.maximum(each, FLOOR * each.mean()) for each in (first_PT * ratio_T, second_CT / ratio_T))
+    return first_PT * ratio_T, second_CT / ratio_T
 
 
-def _updated(matrix: Any, moved_PT: np.ndarray, fixed_CT: np.ndarray, loss: str, penalty: float) -> np.ndarray:
-    """One multiplicative step of the factor of the matrix's rows."""
+def updated(matrix: Any, moved_PT: np.ndarray, fixed_CT: np.ndarray, loss: str, penalty: float) -> np.ndarray:
+    """The factor of the matrix's rows [P, T] after one multiplicative step; `fixed_CT` is that of its columns."""
     if loss == "frobenius":
         numerator_PT, denominator_PT = matrix @ fixed_CT, moved_PT @ (fixed_CT.T @ fixed_CT)
     else:

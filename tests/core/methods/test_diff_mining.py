@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from diffing_core.corpus import ProbeCorpus
@@ -18,6 +19,7 @@ from diffing_core.methods.diff_mining import METHOD
 from diffing_core.methods.diff_mining.cleanup import is_punctuation
 from diffing_core.methods.diff_mining.evidence import log_odds, q_values, sign_flip_p_values
 from diffing_core.methods.diff_mining.extremes import largest
+from diffing_core.methods.diff_mining.factorisation import updated
 from diffing_core.methods.diff_mining.topics import PositionSample, entry_matrix, find_topics, position_hash
 from diffing_core.models import ModelPair
 from diffing_core.paired_pass import paired_pass
@@ -133,6 +135,21 @@ def test_ties_equal_a_stable_sort():
     ids_NK, _ = largest(values_NV, 30)
     expected_NK = np.argsort(-values_NV.numpy(), axis=1, kind="stable")[:, :30]
     np.testing.assert_array_equal(np.sort(ids_NK, 1), np.sort(expected_NK, 1))
+
+
+@pytest.mark.parametrize("levels", [3, 50, 10**6])
+@pytest.mark.parametrize(("vocab_size", "k"), [(8192, 100), (8191, 100), (1003, 7), (997, 1), (120, 40), (30, 29)])
+def test_the_largest_are_those_of_a_stable_sort(vocab_size: int, k: int, levels: int):
+    """Few levels tie everywhere, many nowhere; sizes that groups divide and sizes that they do not."""
+    draw = np.random.default_rng(0)
+    values_NV = (draw.integers(levels, size=(20, vocab_size)) - levels // 2).astype(np.float32)
+    values_NV[:5] = np.sort(values_NV[:5], axis=1)
+    values_NV[5] = 0
+    ids_NK, found_NK = largest(torch.from_numpy(values_NV), k)
+    expected_NK = np.argsort(-values_NV.astype(np.float64), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(np.sort(ids_NK, 1), np.sort(expected_NK, 1))
+    np.testing.assert_array_equal(found_NK, np.take_along_axis(values_NV, expected_NK, 1))
+    np.testing.assert_array_equal(found_NK, np.take_along_axis(values_NV, ids_NK, 1))
 
 
 def test_top_k_is_at_most_half_of_a_small_vocabulary():
@@ -335,6 +352,89 @@ def test_topics_recover_block_structure(loss: str, entries: str):
     np.testing.assert_allclose(topics.cosine_TT, np.eye(2), atol=1e-3)
     if entries == "binary":
         np.testing.assert_allclose(topics.mass_T, [360, 240], rtol=0.05)
+
+
+def overlapping_sample() -> tuple[np.ndarray, np.ndarray]:
+    """Two groups of positions that share three tokens."""
+    draw = np.random.default_rng(3)
+    first = np.stack([draw.permutation(12)[:8] for _ in range(80)])
+    second = np.stack([9 + draw.permutation(12)[:8] for _ in range(80)])
+    return np.concatenate([first, second]), draw.uniform(0.5, 1.5, size=(160, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kullback-leibler"])
+@pytest.mark.parametrize("entries", ["magnitude", "binary"])
+def test_orthogonal_topics_recover_block_structure(loss: str, entries: str):
+    ids_PK, values_PK = two_block_sample()
+    settings = METHOD.settings(topics=2, nmf_loss=loss, nmf_entries=entries, nmf_orthogonality=1000)
+    topics = find_topics(ids_PK, values_PK, np.ones(25, bool), settings)
+    assert set(np.flatnonzero(topics.weight_TG[0] > 1e-3)) == set(range(10))
+    assert set(np.flatnonzero(topics.weight_TG[1] > 1e-3)) == set(range(10, 20))
+    np.testing.assert_allclose(topics.prevalence_T, [0.6, 0.4])
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kullback-leibler"])
+def test_orthogonality_gives_every_token_one_topic(loss: str):
+    ids_PK, values_PK = overlapping_sample()
+    plain, orthogonal = (
+        find_topics(
+            ids_PK, values_PK, np.ones(21, bool), METHOD.settings(topics=2, nmf_loss=loss, nmf_orthogonality=weight)
+        )
+        for weight in (0, 1000)
+    )
+    assert plain.cosine_TT[0, 1] > 0.1
+    if loss == "frobenius":
+        assert orthogonal.cosine_TT[0, 1] < 1e-3
+        assert (orthogonal.weight_TG / orthogonal.weight_TG.sum(0)).max(0).min() > 0.99
+    else:  # a token that occurs under both topics cannot have weight 0 in either
+        assert orthogonal.cosine_TT[0, 1] < plain.cosine_TT[0, 1] / 5
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kullback-leibler"])
+def test_an_update_follows_the_dense_formula(loss: str):
+    draw = np.random.default_rng(0)
+    x_PC, h_PT, w_CT = draw.poisson(0.7, (30, 20)).astype(float), draw.random((30, 3)), draw.random((20, 3))
+    if loss == "frobenius":
+        numerator, denominator = x_PC @ w_CT, h_PT @ w_CT.T @ w_CT
+    else:
+        numerator, denominator = (x_PC / (h_PT @ w_CT.T)) @ w_CT, np.ones_like(x_PC) @ w_CT
+    expected_PT = h_PT * numerator / (denominator + 7 * (h_PT.sum(1, keepdims=True) - h_PT))
+    np.testing.assert_allclose(updated(csr_matrix(x_PC), h_PT, w_CT, loss, 7), expected_PT)
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kullback-leibler"])
+def test_a_vanishing_penalty_leaves_the_plain_fit(loss: str):
+    ids_PK, values_PK = overlapping_sample()
+    plain, hardly = (
+        find_topics(
+            ids_PK, values_PK, np.ones(21, bool),
+            METHOD.settings(topics=2, nmf_loss=loss, nmf_iterations=2000, nmf_orthogonality=weight),
+        )
+        for weight in (0, 1e-9)
+    )  # fmt: skip
+    np.testing.assert_allclose(plain.weight_TG, hardly.weight_TG, atol=0.01)
+    np.testing.assert_allclose(plain.mass_T, hardly.mass_T, rtol=0.02)
+
+
+def test_topic_metrics_follow_their_formulas():
+    """Against a factorisation that is known exactly: two topics of two tokens each, one twice as frequent."""
+    ids_PK = np.array([[0, 1], [0, 1], [2, 3]])
+    values_PK = np.array([[3, 1], [3, 1], [2, 2]], np.float32)
+    topics = find_topics(ids_PK, values_PK, np.ones(4, bool), METHOD.settings(topics=2))
+    np.testing.assert_allclose(topics.weight_TG, [[0.75, 0.25, 0, 0], [0, 0, 0.5, 0.5]], atol=1e-3)
+    np.testing.assert_allclose(topics.mass_T, [8, 4], rtol=1e-3)
+    np.testing.assert_allclose(topics.prevalence_T, [2 / 3, 1 / 3])
+    entropies = [-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)), np.log(2)]
+    np.testing.assert_allclose(topics.concentration_T, [1 - each / np.log(4) for each in entropies], atol=5e-3)
+    np.testing.assert_allclose(topics.cosine_TT, np.eye(2), atol=1e-3)
+
+
+def test_topics_that_share_tokens_are_similar():
+    ids_PK, values_PK = overlapping_sample()
+    topics = find_topics(ids_PK, values_PK, np.ones(21, bool), METHOD.settings(topics=2))
+    first_G, second_G = topics.weight_TG
+    expected = first_G @ second_G / np.linalg.norm(first_G) / np.linalg.norm(second_G)
+    np.testing.assert_allclose(topics.cosine_TT, [[1, expected], [expected, 1]])
 
 
 def test_topics_are_fitted_to_listable_raised_tokens_only():
