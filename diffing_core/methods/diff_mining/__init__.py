@@ -17,6 +17,9 @@ vocabulary entry and bounded samples of positions, whatever the corpus.
 References: Diff Mining (arXiv 2608.26462); Monroe, Colaresi and Quinn 2008.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import pyarrow.compute as pc
 
 from diffing_core.findings import Finding
@@ -25,14 +28,15 @@ from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.fold import DiffMiningFold
 from diffing_core.methods.diff_mining.schema import ORDERINGS, TABLES, TOPICS, VOCABULARY
 
+SHOWN = "top_k_occurring"
 SIGNIFICANT = 0.05
 SHARE = "share of positions"
 
 
 def findings(tables: Tables, settings: DiffMiningSettings) -> list[Finding]:
-    """Raised tokens by log-odds, those that hold over documents first; then the topics."""
-    rows = tables[ORDERINGS.name].filter(pc.field("ordering") == "log_odds").to_pylist()
-    rows.sort(key=lambda row: (not _holds(row["q_value"]), row["rank"]))
+    """The tokens raised most often, those first that are raised rather than lowered over documents; then the topics."""
+    rows = tables[ORDERINGS.name].filter(pc.field("ordering") == SHOWN).to_pylist()
+    rows.sort(key=lambda row: (not _raised(row), row["rank"]))
     tokens = [
         Finding(
             "token",
@@ -40,7 +44,7 @@ def findings(tables: Tables, settings: DiffMiningSettings) -> list[Finding]:
             row["ordering_value"],
             row["ordering_unit"],
             ORDERINGS.name,
-            {"ordering": "log_odds", "token_id": row["token_id"]},
+            {"ordering": SHOWN, "token_id": row["token_id"]},
             p_value=row["p_value"],
             q_value=row["q_value"],
         )
@@ -55,10 +59,9 @@ def findings(tables: Tables, settings: DiffMiningSettings) -> list[Finding]:
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
     """The token raised most often, how many listed tokens hold over documents, and the largest topic."""
-    first = tables[ORDERINGS.name].filter((pc.field("ordering") == "top_k_occurring") & (pc.field("rank") == 1))
+    first = tables[ORDERINGS.name].filter((pc.field("ordering") == SHOWN) & (pc.field("rank") == 1))
     vocabulary, topics = tables[VOCABULARY.name].to_pylist(), tables[TOPICS.name].to_pylist()
-    raised = [row for row in vocabulary if _holds(row["q_value"]) and row["log_odds"] > 0]
-    found: dict[str, float | int | str] = {"n_raised_tokens": len(raised), "n_topics": len(topics)}
+    found: dict[str, float | int | str] = {"n_raised_tokens": sum(map(_raised, vocabulary)), "n_topics": len(topics)}
     for row in first.to_pylist():
         found |= {"top_token": row["token"], "top_token_percent": row["ordering_value"]}
     if topics:
@@ -66,8 +69,8 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
     return found
 
 
-def _holds(q_value: float | None) -> bool:
-    return q_value is not None and q_value <= SIGNIFICANT
+def _raised(row: Mapping[str, Any]) -> bool:
+    return row["q_value"] is not None and row["q_value"] <= SIGNIFICANT and row["log_odds"] > 0
 
 
 METHOD = Method(

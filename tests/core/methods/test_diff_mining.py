@@ -627,3 +627,15 @@ def test_punctuation_is_left_out_of_the_lists_only_if_asked(*, drop: bool):
     assert ("." in tables[ORDERINGS]["token"].to_pylist()) != drop
     assert ("." in " ".join(tables[TOPICS]["top_words"].to_pylist())) != drop
     assert tables[VOCABULARY].to_pylist()[1]["count_top"] == 60
+
+
+def test_findings_show_first_what_is_raised_rather_than_lowered():
+    """A token that is as often among the smallest occurs most, and comes after those that documents agree on."""
+    difference_MV = random_differences(11, 200, 60)
+    difference_MV[:, 8] = np.where(np.arange(200) % 20 < 10, 9, -9)
+    difference_MV[:, 9] = np.where(np.arange(200) % 20 < 9, 8, 0)
+    found = METHOD.findings(mine(difference_MV, [10] * 20, top_k=3, topics=0), METHOD.settings())
+    items = [finding.item for finding in found]
+    scores = {finding.item: finding.score for finding in found}
+    assert scores["w8"] == 50 > scores["w9"]
+    assert items.index("w9") < items.index("w8")

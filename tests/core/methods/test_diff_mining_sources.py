@@ -235,9 +235,10 @@ def test_toolkit_defect_the_agent_reads_another_extraction_than_was_run(pair: Mo
     settings = METHOD.settings(**ALL | {"source": source, "topics": 2})
     tables = mined(pair, probe(), source=source, topics=2)
     found = METHOD.findings(tables, settings)
-    assert [finding.item for finding in found if finding.kind == "token"] == [
-        row["token"] for row in listed(tables, "log_odds")[: settings.shown]
-    ]
+    shown = [finding for finding in found if finding.kind == "token"]
+    rows = {row["token_id"]: row for row in listed(tables, "top_k_occurring")}
+    assert [finding.score for finding in shown] == [rows[each.source_key["token_id"]]["ordering_value"] for each in shown]
+    assert len(shown) == min(settings.shown, len(rows))
     assert {finding.kind for finding in found} == {"token", "topic"}
 
 
