@@ -16,37 +16,40 @@ from diffing_core.methods.diff_mining.listing import Listing
 from diffing_core.methods.diff_mining.places import PositionCounts
 from diffing_core.methods.diff_mining.schema import COMPANY, POSITIONS
 from diffing_core.methods.diff_mining.topics import position_hash
-from diffing_core.sums import Rows
 
 
 class Company:
     """The ids at both ends of the positions of some whole sequences."""
 
-    def __init__(self, corpus: ProbeCorpus, settings: DiffMiningSettings) -> None:
-        n_sequences = len(corpus.sequences)
-        hash_S = position_hash(np.arange(n_sequences), np.zeros(n_sequences, np.int64), settings.seed)
-        order = np.argsort(hash_S)
-        room = np.cumsum([len(corpus.sequences[index]) for index in order]) <= settings.company_positions
-        room[:1] = True
-        self._chosen_S = np.zeros(n_sequences, bool)
-        self._chosen_S[order[room]] = True
-        self._rows = Rows()
+    def __init__(self, corpus: ProbeCorpus, k: int, settings: DiffMiningSettings) -> None:
+        length_S = np.asarray([len(sequence) for sequence in corpus.sequences])
+        order = np.argsort(position_hash(np.arange(len(length_S)), np.zeros(len(length_S), np.int64), settings.seed))
+        n_chosen = max(1, np.searchsorted(length_S[order].cumsum(), settings.company_positions, side="right"))
+        self._chosen_S = np.zeros(len(length_S), bool)
+        self._chosen_S[order[:n_chosen]] = True
+        n_places = length_S[order[:n_chosen]].sum()
+        self._sequence_P, self._differs_P = np.empty(n_places, np.int64), np.empty(n_places, bool)
+        self._top_PK, self._bottom_PK = (np.empty((n_places, k), np.int32) for _ in range(2))
+        self._n_held = 0
 
     def add(self, sequence_R: np.ndarray, differs_R: np.ndarray, top_RK: np.ndarray, bottom_RK: np.ndarray) -> None:
-        """Keeps the positions of chosen sequences; where nothing differs, no id is kept."""
-        kept_R = self._chosen_S[sequence_R]
-        if kept_R.any():
-            ends = {"top": top_RK[kept_R].astype(np.int32), "bottom": bottom_RK[kept_R].astype(np.int32)}
-            self._rows.add({"sequence": sequence_R[kept_R], "differs": differs_R[kept_R]} | ends)
+        """Keeps the positions of chosen sequences."""
+        kept = np.flatnonzero(self._chosen_S[sequence_R])
+        place = slice(self._n_held, self._n_held + len(kept))
+        self._sequence_P[place], self._differs_P[place] = sequence_R[kept], differs_R[kept]
+        self._top_PK[place], self._bottom_PK[place] = top_RK[kept], bottom_RK[kept]
+        self._n_held += len(kept)
 
     def table(self, listing: Listing, shortlist: np.ndarray) -> pa.Table:
         """Every pair of the shortlist that meets, and each token with itself."""
-        held = self._rows.sorted_by("sequence")
-        if not held or not len(shortlist):
+        if not self._n_held or not len(shortlist):
             return COMPANY.empty()
-        sequences, sequence_P = np.unique(held["sequence"], return_inverse=True)
-        group_V, differs_P = listing.clean_up.groups.of_V, held["differs"]
-        ends_PL = [_present(held[end], differs_P, group_V, shortlist) for end in ("top", "bottom")]
+        order = np.argsort(self._sequence_P[: self._n_held], kind="stable")
+        sequences, sequence_P = np.unique(self._sequence_P[order], return_inverse=True)
+        ends_PL = [
+            _present(ids_PK[order], listing.clean_up.groups.of_V, shortlist) & self._differs_P[order, None]
+            for ids_PK in (self._top_PK, self._bottom_PK)
+        ]
         ends_SL = [_any_of(sequence_P, present_PL) for present_PL in ends_PL]
         counts = _meetings("sequences", *ends_SL) | _meetings("positions", *ends_PL)
         first, second = np.nonzero(np.triu(counts["sequences"]))
@@ -83,13 +86,13 @@ def position_table(counts: PositionCounts, listing: Listing, shortlist: np.ndarr
     )
 
 
-def _present(ids_PK: np.ndarray, differs_P: np.ndarray, group_V: np.ndarray, shortlist: np.ndarray) -> np.ndarray:
+def _present(ids_PK: np.ndarray, group_V: np.ndarray, shortlist: np.ndarray) -> np.ndarray:
     """Which shortlisted groups are among the ids of each position, bool [P, L]."""
     place_G = np.full(group_V.max() + 1, len(shortlist))
     place_G[shortlist] = np.arange(len(shortlist))
     present_PL = np.zeros((len(ids_PK), len(shortlist) + 1), bool)  # one column for all that is not shortlisted
     np.put_along_axis(present_PL, place_G[group_V[ids_PK]], True, axis=1)
-    return present_PL[:, :-1] & differs_P[:, None]
+    return present_PL[:, :-1]
 
 
 def _any_of(sequence_P: np.ndarray, present_PL: np.ndarray) -> np.ndarray:

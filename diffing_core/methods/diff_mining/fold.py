@@ -34,9 +34,9 @@ class DiffMiningFold:
         self._sums = TokenSums.zeros(context.vocab_size)
         groupings = [Groups.singly(context.vocab_size), *([self._clean_up.groups] if settings.merge_variants else [])]
         self._documents = DocumentCounts(context.vocab_size, *groupings)
-        self._sample = PositionSample(settings.nmf_positions, settings.seed)
+        self._sample = PositionSample(settings.nmf_positions, self._k, settings.seed)
         self._by_position = PositionCounts(context.vocab_size, settings)
-        self._company = Company(context.corpus, settings)
+        self._company = Company(context.corpus, self._k, settings)
         self._windows = LikelihoodWindows(context, settings)
 
     def update(self, block: TokenBlock) -> None:

@@ -9,7 +9,7 @@
 W is scaled so that each topic's weights sum to 1. The fit is seeded and reads a bounded, uniform sample
 of positions.
 
-Suffixes: N positions of a block, P positions of the sample, K top-k, G groups of tokens, T topics.
+Suffixes: N positions of a block, C places for them, P positions of the sample, K top-k, G groups of tokens, T topics.
 """
 
 from dataclasses import dataclass
@@ -19,49 +19,50 @@ import numpy as np
 
 from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.factorisation import factorise
-from diffing_core.sums import Rows
 
 NEGLIGIBLE = 1e-6
 
 
 class PositionSample:
-    """The `limit` positions of least hash, with their K entries: uniform, and the same in whatever order they come."""
+    """The `limit` positions of least hash, with their K entries: uniform, and the same in whatever order they come.
 
-    def __init__(self, limit: int, seed: int) -> None:
+    Held in two arrays made once: small ones that outlive their block would cut the heap to pieces.
+    """
+
+    def __init__(self, limit: int, k: int, seed: int) -> None:
         self._limit = limit
         self._seed = seed
-        self._bound = np.uint64(2**64 - 1)
-        self._rows = Rows()
         self._n_held = 0
+        self._bound = np.uint64(2**64 - 1)
+        self._key_C = np.empty(2 * limit, np.uint64)
+        self._ids_CK = np.empty((2 * limit, k), np.int32)
+        self._values_CK = np.empty((2 * limit, k), np.float32)
 
     def add(self, sequence_N: np.ndarray, position_N: np.ndarray, ids_NK: np.ndarray, values_NK: np.ndarray) -> None:
         """Offers N positions: token ids and their differences."""
         key_N = position_hash(sequence_N, position_N, self._seed)
-        kept = key_N <= self._bound
-        if not kept.any():
-            return
-        self._hold(key_N[kept], ids_NK[kept].astype(np.int32), values_NK[kept].astype(np.float32))
-        if self._n_held > 2 * self._limit:
-            self._hold(*self._least())
+        kept = np.flatnonzero(key_N <= self._bound)
+        for rows in np.split(kept, range(self._limit, len(kept), self._limit)):
+            if self._n_held + len(rows) > len(self._key_C):
+                self._drop_the_rest()
+            place = slice(self._n_held, self._n_held + len(rows))
+            self._key_C[place], self._ids_CK[place], self._values_CK[place] = key_N[rows], ids_NK[rows], values_NK[rows]
+            self._n_held += len(rows)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids and differences of the sample, int32 and float32 [P, K], ordered by hash."""
-        _, ids_PK, values_PK = self._least()
-        return ids_PK, values_PK
+        least = self._least()
+        return self._ids_CK[least], self._values_CK[least]
 
-    def _hold(self, key_N: np.ndarray, ids_NK: np.ndarray, values_NK: np.ndarray) -> None:
-        self._rows.add({"key": key_N, "ids": ids_NK, "values": values_NK})
-        self._n_held += len(key_N)
+    def _least(self) -> np.ndarray:
+        return np.argsort(self._key_C[: self._n_held])[: self._limit]
 
-    def _least(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        held = self._rows.sorted_by("key")
-        self._rows, self._n_held = Rows(), 0
-        if not held:
-            return np.zeros(0, np.uint64), np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
-        if len(held["key"]) >= self._limit:
-            self._bound = held["key"][self._limit - 1]
-        key_P, ids_PK, values_PK = (held[name][: self._limit].copy() for name in ("key", "ids", "values"))
-        return key_P, ids_PK, values_PK
+    def _drop_the_rest(self) -> None:
+        least = self._least()
+        for held in (self._key_C, self._ids_CK, self._values_CK):
+            held[: len(least)] = held[least]
+        self._n_held = len(least)
+        self._bound = self._key_C[self._limit - 1]
 
 
 @dataclass(frozen=True)

@@ -458,7 +458,7 @@ def test_the_position_sample_is_uniform_seeded_and_blind_to_order():
     ids_MK = np.stack([sequence_M, position_M], 1)
     drawn = []
     for seed, order in ((0, np.arange(4000)), (0, np.random.default_rng(0).permutation(4000)), (1, np.arange(4000))):
-        sample = PositionSample(500, seed)
+        sample = PositionSample(500, 2, seed)
         for rows in np.array_split(order, 33):
             sample.add(sequence_M[rows], position_M[rows], ids_MK[rows], ids_MK[rows] / 7)
         drawn.append(sample.entries())
@@ -612,7 +612,8 @@ def test_the_vocabulary_table_keeps_every_variant_as_it_was_counted():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [(".", True), (" ...", True), ("$", True), ("—", True), ("a.", False), ("😊", False), ("1", False), (" ", False)]
+    ("text", "expected"),
+    [(".", True), (" ...", True), ("$", True), ("—", True), ("a.", False), ("😊", False), ("1", False), (" ", False)],
 )
 def test_punctuation_is_what_has_no_letter_digit_or_picture(text: str, *, expected: bool):
     assert is_punctuation(text) == expected

@@ -1,5 +1,7 @@
 """diff_mining's positional densities, co-occurrence and likelihood-ratio windows against plain loops."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -80,8 +82,8 @@ def company_by_loops(difference_MV: np.ndarray, k: int) -> dict[tuple[int, int],
     found: dict[tuple[int, int], list[int]] = {}
     top, bottom = ends_of(difference_MV, k)
     of_sequence = [np.flatnonzero(SEQUENCE_M == sequence) for sequence in range(len(LENGTHS))]
-    units = {0: [[set().union(*(end[i] for i in rows)) for rows in of_sequence] for end in (top, bottom)], 2: [top, bottom]}
-    for column, (up, down) in units.items():
+    by_sequence = [[set().union(*(end[i] for i in rows)) for rows in of_sequence] for end in (top, bottom)]
+    for column, (up, down) in {0: by_sequence, 2: [top, bottom]}.items():
         for raised, lowered in zip(up, down, strict=True):
             for one in raised | lowered:
                 for other in raised | lowered:
@@ -138,8 +140,7 @@ def test_co_occurrence_reads_whole_sequences_up_to_its_limit():
     rows = mine(difference_MV, LENGTHS, **options)[COMPANY].to_pylist()
     n_sequences, n_positions = rows[0]["n_sequences"], rows[0]["n_positions"]
     assert n_positions <= 40
-    subsets = [sum(LENGTHS[i] for i in range(6) if mask >> i & 1) for mask in range(64) if mask.bit_count() == n_sequences]
-    assert n_positions in subsets
+    assert n_positions in {sum(chosen) for chosen in itertools.combinations(LENGTHS, n_sequences)}
     one = mine(difference_MV, LENGTHS, **options | {"company_positions": 1})[COMPANY].to_pylist()
     assert one[0]["n_sequences"] == 1
 

@@ -101,8 +101,10 @@ def logits_by_hand(model: Any, source: str, layer: int) -> np.ndarray:
                 logits_TV = model(input_ids=token_T[None]).logits[0]
             else:
                 state_TD = hidden_after(model, sequence.token_T, layer)
-                lens = source == "logit_lens"
-                logits_TV = model.lm_head(model.model.norm(state_TD)) if lens else patched_one_by_one(model, state_TD, layer)
+                if source == "logit_lens":
+                    logits_TV = model.lm_head(model.model.norm(state_TD))
+                else:
+                    logits_TV = patched_one_by_one(model, state_TD, layer)
             found.append(logits_TV.double().numpy())
     return np.concatenate(found)
 
@@ -131,7 +133,8 @@ def test_every_source_and_difference_equals_a_plain_recomputation(pair: ModelPai
 
 @pytest.mark.parametrize("source", ["logit_lens", "patchscope_lens"])
 def test_lenses_at_the_last_block_read_the_models_own_predictions(pair: ModelPair, source: str):
-    own, lens = (mined(pair, probe(), source=each, lens_layer=1.0)[VOCABULARY].to_pydict() for each in ("logits", source))
+    tables = (mined(pair, probe(), source=each, lens_layer=1.0) for each in ("logits", source))
+    own, lens = (each[VOCABULARY].to_pydict() for each in tables)
     assert own["count_top"] == lens["count_top"]
     np.testing.assert_allclose(own["mean_difference"], lens["mean_difference"], atol=1e-5)
     np.testing.assert_allclose(own["mean_tuned_probability"], lens["mean_tuned_probability"], atol=1e-6)
@@ -168,9 +171,8 @@ def test_a_hook_does_not_outlive_a_forward_that_fails(pair: ModelPair):
 
 
 def context_of(pair: ModelPair, corpus: ProbeCorpus | None = None) -> StreamContext:
-    return StreamContext(
-        pair.base, pair.tuned, pair.tokenizer, corpus or probe(), pair.base.n_layers, pair.base.d_model, pair.common_vocab
-    )
+    sides = (pair.base, pair.tuned, pair.tokenizer)
+    return StreamContext(*sides, corpus or probe(), pair.base.n_layers, pair.base.d_model, pair.common_vocab)
 
 
 def test_lenses_cost_nothing_unless_they_are_asked_for(pair: ModelPair, monkeypatch: pytest.MonkeyPatch):
@@ -179,7 +181,7 @@ def test_lenses_cost_nothing_unless_they_are_asked_for(pair: ModelPair, monkeypa
     monkeypatch.setattr(PatchedPrompt, "logits", lambda *_: pytest.fail("a patched forward was run"))
     heads = []
     normed = type(pair.base).normed
-    monkeypatch.setattr(type(pair.base), "normed", lambda self, state_ND: (heads.append(self), normed(self, state_ND))[1])
+    monkeypatch.setattr(type(pair.base), "normed", lambda side, state_ND: heads.append(side) or normed(side, state_ND))
     mined(pair, probe())
     assert heads == [pair.base, pair.tuned]  # one block: the pass's own heads, and no other
 
@@ -237,7 +239,8 @@ def test_toolkit_defect_the_agent_reads_another_extraction_than_was_run(pair: Mo
     found = METHOD.findings(tables, settings)
     shown = [finding for finding in found if finding.kind == "token"]
     rows = {row["token_id"]: row for row in listed(tables, "top_k_occurring")}
-    assert [finding.score for finding in shown] == [rows[each.source_key["token_id"]]["ordering_value"] for each in shown]
+    for finding in shown:
+        assert finding.score == rows[finding.source_key["token_id"]]["ordering_value"]
     assert len(shown) == min(settings.shown, len(rows))
     assert {finding.kind for finding in found} == {"token", "topic"}
 
@@ -312,7 +315,8 @@ def test_a_chat_without_a_counted_position_is_no_document():
     difference_MV = random_differences(0, n, 40)
     difference_MV[:, 7] = 9
     options = {"top_k": 4, "topics": 0, "answer_positions": 4, "min_documents": 1}
-    row = next(row for row in listed(mine(difference_MV, chats(), **options), "top_k_occurring") if row["token_id"] == 7)
+    rows = listed(mine(difference_MV, chats(), **options), "top_k_occurring")
+    [row] = [row for row in rows if row["token_id"] == 7]
     assert row["documents_raised"] == 3
     assert row["log_odds"] == pytest.approx(np.log((3 + 1.5) / (6 - 4.5)) - np.log(1.5 / (6 - 1.5)))
 
