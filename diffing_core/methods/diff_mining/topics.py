@@ -85,7 +85,8 @@ def find_topics(
     group_PK: np.ndarray, values_PK: np.ndarray, listable_G: np.ndarray, settings: DiffMiningSettings
 ) -> Topics | None:
     """Topics of a sample of positions over the listable groups; None where nothing is raised."""
-    matrix, groups = entry_matrix(group_PK, values_PK, listable_G, binary=settings.nmf_entries == "binary")
+    binary, merged = settings.nmf_entries == "binary", settings.merge_variants
+    matrix, groups = entry_matrix(group_PK, values_PK, listable_G, merged=merged, binary=binary)
     n_topics = min(settings.topics, *matrix.shape)
     if not n_topics:
         return None
@@ -94,11 +95,11 @@ def find_topics(
 
 
 def entry_matrix(
-    group_PK: np.ndarray, values_PK: np.ndarray, listable_G: np.ndarray, *, binary: bool
+    group_PK: np.ndarray, values_PK: np.ndarray, listable_G: np.ndarray, *, merged: bool = False, binary: bool = False
 ) -> tuple[Any, np.ndarray]:
     """Sparse [positions, tokens] of the positive entries, float32, and the group of each column.
 
-    Variants that were merged add up within a position. Positions without an entry are left out.
+    Where variants were merged, they add up within a position. Positions without an entry are left out.
     """
     from scipy.sparse import csr_matrix
 
@@ -111,7 +112,8 @@ def entry_matrix(
     column_G[groups] = np.arange(len(groups))
     shape = (len(row_ends) - 1, len(groups))
     matrix = csr_matrix((values_PK[raised_PK], column_G[group_E], row_ends), shape=shape, dtype=np.float32)
-    matrix.sum_duplicates()
+    if merged:
+        matrix.sum_duplicates()
     if binary:
         matrix.data[:] = 1
     return matrix, groups

@@ -494,7 +494,7 @@ def test_toolkit_defect_nmf_entries_are_collected_one_by_one():
     draw = np.random.default_rng(0)
     ids_PK, values_PK = two_block_sample()
     values_PK -= 0.8
-    matrix, groups = entry_matrix(ids_PK, values_PK, np.ones(20, bool), binary=False)
+    matrix, groups = entry_matrix(ids_PK, values_PK, np.ones(20, bool))
     slow_PG = np.zeros((100, 20))
     for row, (ids_K, values_K) in enumerate(zip(ids_PK, values_PK, strict=True)):
         for token, value in zip(ids_K, values_K, strict=True):
@@ -503,9 +503,17 @@ def test_toolkit_defect_nmf_entries_are_collected_one_by_one():
     ids_PK = np.argsort(draw.random((1000, 800)), axis=1)
     values_PK = draw.random(ids_PK.shape, dtype=np.float32)
     began = time.process_time()
-    matrix, _ = entry_matrix(ids_PK, values_PK, np.ones(800, bool), binary=False)
+    matrix, _ = entry_matrix(ids_PK, values_PK, np.ones(800, bool))
     assert matrix.nnz == 800_000
     assert time.process_time() - began < 2  # about 0.15 s; the interpreted loop needs 4 s
+
+
+@pytest.mark.parametrize(("binary", "expected"), [(False, [[5, 2], [0, 7]]), (True, [[1, 1], [0, 1]])])
+def test_merged_variants_add_up_within_a_position(*, binary: bool, expected: list[list[int]]):
+    group_PK, values_PK = np.array([[1, 3, 1], [3, 3, 0]]), np.array([[4, 2, 1], [3, 4, -1]], np.float32)
+    matrix, groups = entry_matrix(group_PK, values_PK, np.ones(5, bool), merged=True, binary=binary)
+    assert groups.tolist() == [1, 3]
+    assert matrix.toarray().tolist() == expected
 
 
 def test_toolkit_defect_nmf_is_unseeded():
