@@ -1,78 +1,91 @@
-"""How sure one may be that a token is raised: log-odds of its counts, and a test over documents.
+"""How sure one may be that a token is raised: documents are counted, since positions of one depend on each other.
 
-    log_odds = log (y⁺+α)/(n+α₀−y⁺−α) − log (y⁻+α)/(n+α₀−y⁻−α)     y± = count_top, count_bottom; n their sum over V
-    z        = log_odds / √(1/(y⁺+α) + 1/(y⁻+α))                  α = prior_weight (y⁺+y⁻)/2, α₀ = Σ α
-    p        = min(1, 2 c Φ̄(|Σ_s x_s| / √Σ_s x_s²))                x_s = count_top − count_bottom in document s
+    x_s      = count_top − count_bottom of the token in document s
+    log_odds = log (r+α)/(n−r−α) − log (l+α)/(n−l−α)     r, l documents with x_s > 0, x_s < 0; w prior_weight;
+                                                         α = w (r+l)/2 prior documents; n = (1+w) S in all
+    z        = log_odds / √(1/(r+α) + 1/(l+α))
+    p        = min(1, 2 c Φ̄(|Σ_s x_s| / √Σ_s x_s²))      two-sided
 
-z takes occurrences as independent and only ranks. p takes the document as the unit: if a token is as
-likely raised as lowered, the x_s may change sign document by document, and their self-normalised sum
-has Gaussian tails up to c = 1/(4 Φ̄(√2)) ≈ 3.18 for any number of documents and any |x_s|.
+The prior is the token's own frequency at both ends, so it shrinks the odds towards "as often raised as
+lowered". If that were so, the x_s might change sign document by document; their self-normalised sum then has
+Gaussian tails up to c = 1/(4 Φ̄(√2)) ≈ 3.18 for any number of documents and any |x_s|.
 
 References: Monroe, Colaresi and Quinn 2008 (log-odds); Bentkus and Dzindzalieta 2015 (c, which is sharp).
-Suffixes: N tokens, K top-k, V vocabulary, G groups of tokens that count as one, S documents.
+Suffixes: R rows, K top-k, V vocabulary, G groups of entries that are listed as one, S documents.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from diffing_core.blocks import TokenBlock
+from diffing_core.methods.diff_mining.cleanup import Groups
 from diffing_core.stats import benjamini_hochberg
 
-LEAST = 1e-9
+
+@dataclass
+class DocumentSums:
+    """Sums over documents for each group, int64 [G]: x_s², x_s > 0, x_s < 0."""
+
+    groups: Groups
+    squares_G: np.ndarray
+    raised_G: np.ndarray
+    lowered_G: np.ndarray
+
+    @classmethod
+    def zeros(cls, groups: Groups) -> "DocumentSums":
+        """No document yet."""
+        return cls(groups, *(np.zeros(len(groups), np.int64) for _ in range(3)))
+
+    def add(self, net_V: np.ndarray) -> None:
+        """Adds one document, by its x_s of every vocabulary entry."""
+        net_G = self.groups.counts(net_V)
+        self.squares_G += net_G * net_G
+        self.raised_G += net_G > 0
+        self.lowered_G += net_G < 0
 
 
 class DocumentCounts:
-    """Σ x_s² and the number of x_s ≠ 0 per group, in memory of the vocabulary.
+    """Sums over documents for several groupings; only documents that are being read are held."""
 
-    A document is open until its last position has come (documents are read in order, so few are open).
-    """
-
-    def __init__(self, group_V: np.ndarray, last_position_S: np.ndarray) -> None:
-        self._group_V = group_V
-        self._n_groups = int(group_V.max()) + 1
-        self._last_S = last_position_S
+    def __init__(self, vocab_size: int, *groupings: Groups) -> None:
+        self._vocab_size = vocab_size
         self._open: dict[int, np.ndarray] = {}
-        self._squares_G = np.zeros(self._n_groups, np.int64)
-        self._documents_G = np.zeros(self._n_groups, np.int64)
+        self.sums = tuple(DocumentSums.zeros(groups) for groups in groupings)
+        self.n_documents = 0
 
-    def add(self, block: TokenBlock, counted_N: np.ndarray, top_NK: np.ndarray, bottom_NK: np.ndarray) -> None:
-        """Adds the ids at both ends of N positions; those not `counted` only end their document."""
-        sequences, row_N = np.unique(block.sequence_N, return_inverse=True)
-        first_N1 = (row_N * self._n_groups)[counted_N, None]
-        net_SG = self._tally(first_N1, top_NK[counted_N], len(sequences))
-        net_SG -= self._tally(first_N1, bottom_NK[counted_N], len(sequences))
-        ended = set(block.sequence_N[block.position_N == self._last_S[block.sequence_N]].tolist())
-        for sequence, net_G in zip(sequences.tolist(), net_SG, strict=True):
-            whole_G = self._open.pop(sequence, 0) + net_G
-            if sequence in ended:
-                self._close(whole_G)
-            else:
-                self._open[sequence] = whole_G
+    def add(self, sequence_R: np.ndarray, differs_R: np.ndarray, top_RK: np.ndarray, bottom_RK: np.ndarray) -> None:
+        """Adds R positions; at those that do not differ, nothing is largest."""
+        sequences, row_R = np.unique(sequence_R, return_inverse=True)
+        first_R1 = (row_R * self._vocab_size)[differs_R, None]
+        net_SV = self._tally(first_R1 + top_RK[differs_R], len(sequences))
+        net_SV -= self._tally(first_R1 + bottom_RK[differs_R], len(sequences))
+        for sequence, net_V in zip(sequences.tolist(), net_SV, strict=True):
+            self._open[sequence] = self._open.get(sequence, 0) + net_V
 
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Σ x_s² and documents with x_s ≠ 0, int64 [G]."""
-        while self._open:
-            self._close(self._open.popitem()[1])
-        return self._squares_G, self._documents_G
+    def close(self, sequences: list[int]) -> None:
+        """Takes in the documents that have come to their end, if they had a counted position."""
+        for sequence in sequences:
+            if sequence in self._open:
+                net_V = self._open.pop(sequence)
+                self.n_documents += 1
+                for sums in self.sums:
+                    sums.add(net_V)
 
-    def _tally(self, first_N1: np.ndarray, ids_NK: np.ndarray, n_sequences: int) -> np.ndarray:
-        cells = (first_N1 + self._group_V[ids_NK]).ravel()
-        return np.bincount(cells, minlength=n_sequences * self._n_groups).reshape(n_sequences, -1)
-
-    def _close(self, net_G: np.ndarray) -> None:
-        self._squares_G += net_G * net_G
-        self._documents_G += net_G != 0
+    def _tally(self, cell_RK: np.ndarray, n_sequences: int) -> np.ndarray:
+        return np.bincount(cell_RK.ravel(), minlength=n_sequences * self._vocab_size).reshape(n_sequences, -1)
 
 
-def log_odds(top_G: np.ndarray, bottom_G: np.ndarray, prior_weight: float) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds in nats and their z, float64 [G]; 0 where a group was never counted. Swapping the ends negates both."""
-    prior_G = prior_weight * (top_G + bottom_G) / 2
+def log_odds(
+    raised_G: np.ndarray, lowered_G: np.ndarray, n_documents: int, prior_weight: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds in nats and their z, float64 [G]; 0 where no document counts. Swapping the ends negates both."""
+    prior_G = prior_weight * (raised_G + lowered_G) / 2
     seen = prior_G > 0
-    top, bottom = (top_G + prior_G)[seen], (bottom_G + prior_G)[seen]
-    other_top = np.maximum(top_G.sum() + prior_G.sum() - top, LEAST)
-    other_bottom = np.maximum(bottom_G.sum() + prior_G.sum() - bottom, LEAST)
-    odds_G, z_G = np.zeros(len(top_G)), np.zeros(len(top_G))
-    odds_G[seen] = np.log(top / other_top) - np.log(bottom / other_bottom)
-    z_G[seen] = odds_G[seen] / np.sqrt(1 / top + 1 / bottom)
+    raised, lowered = (raised_G + prior_G)[seen], (lowered_G + prior_G)[seen]
+    whole = (1 + prior_weight) * n_documents
+    odds_G, z_G = np.zeros(len(raised_G)), np.zeros(len(raised_G))
+    odds_G[seen] = np.log(raised / (whole - raised)) - np.log(lowered / (whole - lowered))
+    z_G[seen] = odds_G[seen] / np.sqrt(1 / raised + 1 / lowered)
     return odds_G, z_G
 
 

@@ -4,62 +4,65 @@
     mass_t = Σ_i H[i, t] · Σ_v W[v, t]      prevalence_t = share of i whose largest H[i, t] Σ_v W[v, t] is t
     concentration_t = 1 − entropy(W[:, t] / Σ_v W[v, t]) / log(number of tokens)
 
-W is scaled so that each topic's weights sum to 1. The fit is seeded and reads a bounded, uniform sample
-of positions. Reference: Lee and Seung 1999; scikit-learn's NMF.
+    cosines[t, u] = W[:, t] · W[:, u] / (‖W[:, t]‖ ‖W[:, u]‖)
 
-Suffixes: N positions of a block, P positions of the sample, K top-k, G groups of tokens, T topics.
+W is scaled so that each topic's weights sum to 1. The fit is seeded and reads a bounded, uniform sample
+of positions.
+
+Suffixes: N positions of a block, C places for them, P positions of the sample, K top-k, G groups of tokens, T topics.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
-from diffing_core.sums import Rows
+from diffing_core.methods.diff_mining.factorisation import factorise
 
 NEGLIGIBLE = 1e-6
 
 
 class PositionSample:
-    """The `limit` positions of least hash, with their K entries: uniform, and the same in whatever order they come."""
+    """The `limit` positions of least hash, with their K entries: uniform, and the same in whatever order they come.
 
-    def __init__(self, limit: int, seed: int) -> None:
+    Held in two arrays made once: small ones that outlive their block would cut the heap to pieces.
+    """
+
+    def __init__(self, limit: int, k: int, seed: int) -> None:
         self._limit = limit
         self._seed = seed
-        self._bound = np.uint64(2**64 - 1)
-        self._rows = Rows()
         self._n_held = 0
+        self._bound = np.uint64(2**64 - 1)
+        self._key_C = np.empty(2 * limit, np.uint64)
+        self._ids_CK = np.empty((2 * limit, k), np.int32)
+        self._values_CK = np.empty((2 * limit, k), np.float32)
 
     def add(self, sequence_N: np.ndarray, position_N: np.ndarray, ids_NK: np.ndarray, values_NK: np.ndarray) -> None:
         """Offers N positions: token ids and their differences."""
         key_N = position_hash(sequence_N, position_N, self._seed)
-        kept = key_N <= self._bound
-        if not kept.any():
-            return
-        self._hold(key_N[kept], ids_NK[kept].astype(np.int32), values_NK[kept].astype(np.float32))
-        if self._n_held > 2 * self._limit:
-            self._hold(*self._least())
+        kept = np.flatnonzero(key_N <= self._bound)
+        for rows in np.split(kept, range(self._limit, len(kept), self._limit)):
+            if self._n_held + len(rows) > len(self._key_C):
+                self._drop_the_rest()
+            place = slice(self._n_held, self._n_held + len(rows))
+            self._key_C[place], self._ids_CK[place], self._values_CK[place] = key_N[rows], ids_NK[rows], values_NK[rows]
+            self._n_held += len(rows)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids and differences of the sample, int32 and float32 [P, K], ordered by hash."""
-        _, ids_PK, values_PK = self._least()
-        return ids_PK, values_PK
+        least = self._least()
+        return self._ids_CK[least], self._values_CK[least]
 
-    def _hold(self, key_N: np.ndarray, ids_NK: np.ndarray, values_NK: np.ndarray) -> None:
-        self._rows.add({"key": key_N, "ids": ids_NK, "values": values_NK})
-        self._n_held += len(key_N)
+    def _least(self) -> np.ndarray:
+        return np.argsort(self._key_C[: self._n_held])[: self._limit]
 
-    def _least(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        held = self._rows.sorted_by("key")
-        self._rows, self._n_held = Rows(), 0
-        if not held:
-            return np.zeros(0, np.uint64), np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
-        if len(held["key"]) >= self._limit:
-            self._bound = held["key"][self._limit - 1]
-        key_P, ids_PK, values_PK = (held[name][: self._limit].copy() for name in ("key", "ids", "values"))
-        return key_P, ids_PK, values_PK
+    def _drop_the_rest(self) -> None:
+        least = self._least()
+        for held in (self._key_C, self._ids_CK, self._values_CK):
+            held[: len(least)] = held[least]
+        self._n_held = len(least)
+        self._bound = self._key_C[self._limit - 1]
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Topics:
     mass_T: np.ndarray
     prevalence_T: np.ndarray
     concentration_T: np.ndarray
-    largest_cosine_T: np.ndarray
+    cosine_TT: np.ndarray
     n_positions: int
     n_tokens: int
 
@@ -82,28 +85,35 @@ def find_topics(
     group_PK: np.ndarray, values_PK: np.ndarray, listable_G: np.ndarray, settings: DiffMiningSettings
 ) -> Topics | None:
     """Topics of a sample of positions over the listable groups; None where nothing is raised."""
-    matrix, groups = entry_matrix(group_PK, values_PK, listable_G, binary=settings.nmf_entries == "binary")
+    binary, merged = settings.nmf_entries == "binary", settings.merge_variants
+    matrix, groups = entry_matrix(group_PK, values_PK, listable_G, merged=merged, binary=binary)
     n_topics = min(settings.topics, *matrix.shape)
     if not n_topics:
         return None
-    activation_PT, weight_TC = _factorise(matrix, n_topics, settings)
+    activation_PT, weight_TC = factorise(matrix, n_topics, settings)
     return _describe(activation_PT.astype(np.float64), weight_TC.astype(np.float64), groups, len(listable_G))
 
 
 def entry_matrix(
-    group_PK: np.ndarray, values_PK: np.ndarray, listable_G: np.ndarray, *, binary: bool
+    group_PK: np.ndarray, values_PK: np.ndarray, listable_G: np.ndarray, *, merged: bool = False, binary: bool = False
 ) -> tuple[Any, np.ndarray]:
     """Sparse [positions, tokens] of the positive entries, float32, and the group of each column.
 
-    Variants that were merged add up within a position. Positions without an entry are left out.
+    Where variants were merged, they add up within a position. Positions without an entry are left out.
     """
     from scipy.sparse import csr_matrix
 
     raised_PK = (values_PK > 0) & listable_G[group_PK]
-    _, row_E = np.unique(np.nonzero(raised_PK)[0], return_inverse=True)
-    groups, column_E = np.unique(group_PK[raised_PK], return_inverse=True)
-    shape = (row_E.max(initial=-1) + 1, len(groups))
-    matrix = csr_matrix((values_PK[raised_PK], (row_E, column_E)), shape=shape, dtype=np.float32)
+    group_E = group_PK[raised_PK]
+    n_entries_P = raised_PK.sum(1)
+    row_ends = np.append(0, n_entries_P[n_entries_P > 0].cumsum())
+    groups = np.flatnonzero(np.bincount(group_E, minlength=len(listable_G)))
+    column_G = np.zeros(len(listable_G), np.int32)
+    column_G[groups] = np.arange(len(groups))
+    shape = (len(row_ends) - 1, len(groups))
+    matrix = csr_matrix((values_PK[raised_PK], column_G[group_E], row_ends), shape=shape, dtype=np.float32)
+    if merged:
+        matrix.sum_duplicates()
     if binary:
         matrix.data[:] = 1
     return matrix, groups
@@ -124,24 +134,6 @@ def _mixed(key_N: np.ndarray) -> np.ndarray:
     return key_N ^ (key_N >> np.uint64(31))
 
 
-def _factorise(matrix: Any, n_topics: int, settings: DiffMiningSettings) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.decomposition import NMF
-    from sklearn.exceptions import ConvergenceWarning
-
-    model = NMF(
-        n_topics,
-        init="nndsvda",
-        solver="cd" if settings.nmf_loss == "frobenius" else "mu",
-        beta_loss=settings.nmf_loss,
-        max_iter=settings.nmf_iterations,
-        random_state=settings.seed,
-    )
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # an exact fit may leave a loss of −1e-9
-        warnings.simplefilter("ignore", ConvergenceWarning)  # nmf_iterations is a budget, not a promise
-        activation_PT = model.fit_transform(matrix)
-    return activation_PT, model.components_
-
-
 def _describe(activation_PT: np.ndarray, weight_TC: np.ndarray, groups: np.ndarray, n_groups: int) -> Topics:
     total_T = weight_TC.sum(1)
     part_PT = activation_PT * total_T
@@ -156,7 +148,7 @@ def _describe(activation_PT: np.ndarray, weight_TC: np.ndarray, groups: np.ndarr
         mass_T=part_PT.sum(0),
         prevalence_T=np.bincount(leader_P, minlength=len(order)) / len(part_PT),
         concentration_T=_concentration(share_TC),
-        largest_cosine_T=_largest_cosine(share_TC),
+        cosine_TT=_cosines(share_TC),
         n_positions=len(part_PT),
         n_tokens=len(groups),
     )
@@ -170,8 +162,6 @@ def _concentration(share_TC: np.ndarray) -> np.ndarray:
     return 1 - entropy_T / np.log(n_tokens)
 
 
-def _largest_cosine(share_TC: np.ndarray) -> np.ndarray:
+def _cosines(share_TC: np.ndarray) -> np.ndarray:
     unit_TC = share_TC / np.linalg.norm(share_TC, axis=1, keepdims=True)
-    cosine_TT = unit_TC @ unit_TC.T
-    np.fill_diagonal(cosine_TT, 0)
-    return cosine_TT.max(1, initial=0)
+    return np.clip(unit_TC @ unit_TC.T, 0, 1)

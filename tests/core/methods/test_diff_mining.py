@@ -5,126 +5,37 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from scipy.sparse import csr_matrix
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from diffing_core.blocks import StreamContext, TokenBlock
-from diffing_core.corpus import ProbeCorpus, ProbeSequence
+from diffing_core.corpus import ProbeCorpus
 from diffing_core.findings import findings_table
 from diffing_core.methods.base import Tables
 from diffing_core.methods.diff_mining import METHOD
+from diffing_core.methods.diff_mining.cleanup import is_punctuation
 from diffing_core.methods.diff_mining.evidence import log_odds, q_values, sign_flip_p_values
-from diffing_core.methods.diff_mining.fold import DiffMiningFold, largest
+from diffing_core.methods.diff_mining.extremes import largest
+from diffing_core.methods.diff_mining.factorisation import updated
 from diffing_core.methods.diff_mining.topics import PositionSample, entry_matrix, find_topics, position_hash
 from diffing_core.models import ModelPair
 from diffing_core.paired_pass import paired_pass
-
-PLAIN = {"min_probability": 0, "readable_only": False}
-ORDERINGS, VOCABULARY, TOPICS = (spec.name for spec in METHOD.tables)
-
-
-class FakeSide:
-    """A side whose log-probabilities are given."""
-
-    def __init__(self, logprob_NV: np.ndarray) -> None:
-        self._logprob_NV = torch.from_numpy(np.asarray(logprob_NV, np.float32))
-
-    def logprobs(self) -> torch.Tensor:
-        return self._logprob_NV
-
-
-def tokenizer_of(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    words = list(words)
-    whole = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
-    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    whole.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token=words[0], clean_up_tokenization_spaces=False)
-
-
-def corpus_of(lengths: Iterable[int], vocab_size: int = 2) -> ProbeCorpus:
-    draw = np.random.default_rng(0)
-    sequences = tuple(
-        ProbeSequence(draw.integers(vocab_size, size=n).astype(np.int32), np.zeros(n, np.int8), np.zeros(n, bool))
-        for n in lengths
-    )
-    return ProbeCorpus("toy", sequences, len(sequences))
-
-
-def context_of(words: Iterable[str], lengths: Iterable[int]) -> StreamContext:
-    words = list(words)
-    return StreamContext(
-        base=None, tuned=None, tokenizer=tokenizer_of(words), corpus=corpus_of(lengths),
-        n_layers=1, d_model=1, vocab_size=len(words),
-    )  # fmt: skip
-
-
-def words_of(vocab_size: int) -> list[str]:
-    return ["<eos>", *(f"w{index}" for index in range(1, vocab_size))]
-
-
-def block_of(sequence_N: np.ndarray, position_N: np.ndarray, base_NV: np.ndarray, tuned_NV: np.ndarray) -> TokenBlock:
-    n = len(sequence_N)
-    token_N = torch.zeros(n, dtype=torch.int64)
-    return TokenBlock(
-        token_N, token_N, sequence_N, position_N, np.zeros(n, np.int8), np.zeros(n, bool),
-        FakeSide(base_NV), FakeSide(tuned_NV),
-    )  # fmt: skip
-
-
-def mine(
-    difference_MV: np.ndarray,
-    lengths: list[int],
-    *,
-    words: list[str] | None = None,
-    base_MV: np.ndarray | None = None,
-    cuts: Iterable[np.ndarray] | None = None,
-    **settings: object,
-) -> Tables:
-    """Tables of given differences; `cuts` are the rows of each block, by default seven at a time."""
-    fold = folded(difference_MV, lengths, words=words, base_MV=base_MV, cuts=cuts, **settings)
-    return fold.finish()
-
-
-def folded(
-    difference_MV: np.ndarray,
-    lengths: list[int],
-    *,
-    words: list[str] | None = None,
-    base_MV: np.ndarray | None = None,
-    cuts: Iterable[np.ndarray] | None = None,
-    **settings: object,
-) -> DiffMiningFold:
-    n, vocab_size = difference_MV.shape
-    context = context_of(words or words_of(vocab_size), lengths)
-    fold = DiffMiningFold(context, METHOD.settings(**PLAIN | settings))
-    sequence_M = np.repeat(np.arange(len(lengths)), lengths)
-    position_M = np.concatenate([np.arange(length) for length in lengths])
-    base_MV = np.zeros_like(difference_MV) if base_MV is None else base_MV
-    for rows in cuts or np.array_split(np.arange(n), -(-n // 7)):
-        fold.update(block_of(sequence_M[rows], position_M[rows], base_MV[rows], (base_MV + difference_MV)[rows]))
-    return fold
-
-
-def listed(tables: Tables, ordering: str) -> list[dict]:
-    return [row for row in tables[ORDERINGS].to_pylist() if row["ordering"] == ordering]
-
-
-def random_differences(seed: int, n: int, vocab_size: int) -> np.ndarray:
-    draw = np.random.default_rng(seed)
-    return (draw.normal(size=(n, vocab_size)) + 0.5 * draw.normal(size=vocab_size)).astype(np.float32)
-
-
-def counts_by_sorting(difference_MV: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    order_MV = np.argsort(-difference_MV.astype(np.float64), axis=1, kind="stable")
-    vocab_size = difference_MV.shape[1]
-    ends = order_MV[:, :k], order_MV[:, -k:]
-    return tuple(np.bincount(end.ravel(), minlength=vocab_size) for end in ends)
-
+from tests.mining_toys import (
+    ORDERINGS,
+    TOPICS,
+    VOCABULARY,
+    corpus_of,
+    counts_by_sorting,
+    folded,
+    listed,
+    mine,
+    random_differences,
+    tokenizer_of,
+    words_of,
+)
 
 # Numbers
 
@@ -139,8 +50,8 @@ def test_a_toy_by_hand():
     by_id = {row["token_id"]: row for row in tables[VOCABULARY].to_pylist()}
     assert by_id[5]["count_bottom"] == 3
     assert by_id[0]["count_bottom"] == 1
-    assert by_id[0]["mean_logprob_difference"] == 1
-    assert by_id[2]["mean_logprob_difference"] == pytest.approx(5 / 3)
+    assert by_id[0]["mean_difference"] == 1
+    assert by_id[2]["mean_difference"] == pytest.approx(5 / 3)
 
 
 @pytest.mark.parametrize(("vocab_size", "k"), [(60, 5), (300, 100), (1000, 100)])
@@ -156,20 +67,60 @@ def test_lists_equal_a_float64_reference_on_raw_logit_differences(vocab_size: in
         assert [row["token_id"] for row in rows] == expected
         np.testing.assert_allclose([row["ordering_value"] for row in rows], value_V[expected], rtol=1e-12)
         assert [row["count_bottom"] for row in rows] == bottom_V[expected].tolist()
-        means = [row["mean_logprob_difference"] for row in rows]
+        means = [row["mean_difference"] for row in rows]
         np.testing.assert_allclose(means, difference_MV.astype(np.float64).mean(0)[expected], atol=1e-6)
 
 
 def test_log_odds_follow_the_closed_form():
-    top_G, bottom_G = np.array([30, 5, 0, 10]), np.array([10, 5, 0, 30])
-    odds_G, z_G = log_odds(top_G, bottom_G, 1.0)
-    first = np.log(50 / (90 - 50)) - np.log(30 / (90 - 30))
+    raised_G, lowered_G = np.array([30, 5, 0, 10]), np.array([10, 5, 0, 30])
+    odds_G, z_G = log_odds(raised_G, lowered_G, 60, 1.0)
+    first = np.log(50 / (120 - 50)) - np.log(30 / (120 - 30))
     assert odds_G[0] == pytest.approx(first)
     assert z_G[0] == pytest.approx(first / np.sqrt(1 / 50 + 1 / 30))
-    assert odds_G[2] == z_G[2] == 0
-    swapped_G, swapped_z_G = log_odds(bottom_G, top_G, 1.0)
+    assert odds_G[1] == odds_G[2] == z_G[2] == 0
+    swapped_G, swapped_z_G = log_odds(lowered_G, raised_G, 60, 1.0)
     np.testing.assert_array_equal(swapped_G, -odds_G)
     np.testing.assert_array_equal(swapped_z_G, -z_G)
+
+
+@pytest.mark.parametrize("weight", [0.01, 1.0, 50.0])
+def test_log_odds_stay_finite_where_every_document_raises_a_token(weight: float):
+    odds_G, z_G = log_odds(np.array([7, 0]), np.array([0, 7]), 7, weight)
+    assert np.isfinite([odds_G, z_G]).all()
+    assert odds_G[0] == -odds_G[1] > 0
+    assert z_G[0] > 0
+
+
+def test_a_larger_prior_shrinks_the_log_odds():
+    odds = [log_odds(np.array([20]), np.array([5]), 40, weight)[0][0] for weight in (0.01, 1, 100)]
+    assert odds[0] > odds[1] > odds[2] > 0
+
+
+def test_log_odds_count_documents_not_positions():
+    """The same positions in one long document or in twenty: only the twenty say something."""
+    difference_MV = random_differences(10, 200, 40)
+    difference_MV[:, 5] = 4
+    one, twenty = (
+        next(row for row in listed(mine(difference_MV, lengths, top_k=4, topics=0), "log_odds") if row["token_id"] == 5)
+        for lengths in ([200], [10] * 20)
+    )
+    assert one["count_top"] == twenty["count_top"] == 200
+    assert (one["documents_raised"], twenty["documents_raised"]) == (1, 20)
+    assert twenty["ordering_value"] > 3 * one["ordering_value"] > 0
+
+
+def test_documents_are_counted_by_their_net_sign():
+    difference_MV = np.zeros((6, 8))
+    difference_MV[:, 1] = 3, 3, -3, -3, 3, -3  # document 0 raises it twice, 1 lowers it twice, 2 does neither
+    difference_MV[:, 2] = -1
+    [row] = [
+        row
+        for row in mine(difference_MV, [2, 2, 2], top_k=1, topics=0, whole_vocabulary=True)[VOCABULARY].to_pylist()
+        if row["token_id"] == 1
+    ]
+    assert (row["count_top"], row["count_bottom"]) == (3, 3)
+    assert (row["documents_raised"], row["documents_lowered"]) == (1, 1)
+    assert row["log_odds"] == 0
 
 
 def test_ties_across_the_cut_go_to_the_lowest_ids():
@@ -186,6 +137,21 @@ def test_ties_equal_a_stable_sort():
     np.testing.assert_array_equal(np.sort(ids_NK, 1), np.sort(expected_NK, 1))
 
 
+@pytest.mark.parametrize("levels", [3, 50, 10**6])
+@pytest.mark.parametrize(("vocab_size", "k"), [(8192, 100), (8191, 100), (1003, 7), (997, 1), (120, 40), (30, 29)])
+def test_the_largest_are_those_of_a_stable_sort(vocab_size: int, k: int, levels: int):
+    """Few levels tie everywhere, many nowhere; sizes that groups divide and sizes that they do not."""
+    draw = np.random.default_rng(0)
+    values_NV = (draw.integers(levels, size=(20, vocab_size)) - levels // 2).astype(np.float32)
+    values_NV[:5] = np.sort(values_NV[:5], axis=1)
+    values_NV[5] = 0
+    ids_NK, found_NK = largest(torch.from_numpy(values_NV), k)
+    expected_NK = np.argsort(-values_NV.astype(np.float64), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(np.sort(ids_NK, 1), np.sort(expected_NK, 1))
+    np.testing.assert_array_equal(found_NK, np.take_along_axis(values_NV, expected_NK, 1))
+    np.testing.assert_array_equal(found_NK, np.take_along_axis(values_NV, ids_NK, 1))
+
+
 def test_top_k_is_at_most_half_of_a_small_vocabulary():
     tables = mine(random_differences(0, 20, 8), [20], top_k=100, topics=0, whole_vocabulary=True)
     assert sum(tables[VOCABULARY]["count_top"].to_pylist()) == 20 * 4
@@ -193,11 +159,11 @@ def test_top_k_is_at_most_half_of_a_small_vocabulary():
 
 def test_mean_centring_takes_each_positions_mean_away():
     difference_MV = random_differences(2, 50, 40)
-    tables = mine(difference_MV, [50], centre="mean", top_k=5, topics=0, whole_vocabulary=True)
+    tables = mine(difference_MV, [50], difference="centred", top_k=5, topics=0, whole_vocabulary=True)
     centred_MV = difference_MV - difference_MV.mean(1, keepdims=True)
     rows = tables[VOCABULARY].to_pydict()
     np.testing.assert_allclose(rows["fraction_positive"], (centred_MV > 0).mean(0), atol=1e-12)
-    np.testing.assert_allclose(rows["mean_logprob_difference"], centred_MV.mean(0), atol=1e-6)
+    np.testing.assert_allclose(rows["mean_difference"], centred_MV.mean(0), atol=1e-6)
 
 
 # Contract
@@ -223,14 +189,14 @@ def test_positions_without_difference_are_counted_but_add_no_counts():
     assert listed(tables, "top_k_occurring")[0]["ordering_value"] == 100 * top_V.max() / 20
 
 
-@pytest.mark.parametrize("centre", ["logprob", "mean"])
-def test_swapping_the_models_negates_signed_effects_and_swaps_the_ends(centre: str):
+@pytest.mark.parametrize("difference", ["log_prob", "centred"])
+def test_swapping_the_models_negates_signed_effects_and_swaps_the_ends(difference: str):
     difference_MV = np.round(random_differences(4, 60, 40), 1)  # rounded, so that ties occur
-    options = {"top_k": 6, "whole_vocabulary": True, "centre": centre}
+    options = {"top_k": 6, "whole_vocabulary": True, "difference": difference}
     there, back = (mine(sign * difference_MV, [10] * 6, **options)[VOCABULARY].to_pydict() for sign in (1, -1))
     assert there["count_top"] == back["count_bottom"]
     assert there["count_bottom"] == back["count_top"]
-    for name in ("mean_logprob_difference", "log_odds", "log_odds_z"):
+    for name in ("mean_difference", "log_odds", "log_odds_z"):
         assert there[name] == [-value for value in back[name]]
     assert there["q_value"] == back["q_value"]
 
@@ -244,7 +210,7 @@ def test_results_do_not_depend_on_blocks_or_their_order():
     whole, cut = (mine(difference_MV, lengths, cuts=cuts, **options) for cuts in ([np.arange(sum(lengths))], halves))
     for name, table in whole.items():
         for column in table.column_names:
-            left, right = table[column].to_numpy(), cut[name][column].to_numpy()
+            left, right = (np.asarray(each[column].to_pylist()) for each in (table, cut[name]))
             if left.dtype.kind == "f":
                 np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
             else:
@@ -274,7 +240,7 @@ def test_batch_size_and_padding_change_nothing():
     alone, together = (mine_pair(pair, corpus, size)[VOCABULARY].to_pydict() for size in (1, 4096))
     assert alone["token_id"] == together["token_id"]
     assert alone["count_top"] == together["count_top"]
-    np.testing.assert_allclose(alone["mean_logprob_difference"], together["mean_logprob_difference"], atol=1e-5)
+    np.testing.assert_allclose(alone["mean_difference"], together["mean_difference"], atol=1e-5)
 
 
 def test_one_model_against_itself_has_no_findings():
@@ -383,9 +349,92 @@ def test_topics_recover_block_structure(loss: str, entries: str):
     assert topics.mass_T[0] > topics.mass_T[1]
     np.testing.assert_allclose(topics.weight_TG.sum(1), 1)
     np.testing.assert_allclose(topics.concentration_T, 1 - np.log(10) / np.log(20), atol=0.03)
-    np.testing.assert_allclose(topics.largest_cosine_T, 0, atol=1e-3)
+    np.testing.assert_allclose(topics.cosine_TT, np.eye(2), atol=1e-3)
     if entries == "binary":
         np.testing.assert_allclose(topics.mass_T, [360, 240], rtol=0.05)
+
+
+def overlapping_sample() -> tuple[np.ndarray, np.ndarray]:
+    """Two groups of positions that share three tokens."""
+    draw = np.random.default_rng(3)
+    first = np.stack([draw.permutation(12)[:8] for _ in range(80)])
+    second = np.stack([9 + draw.permutation(12)[:8] for _ in range(80)])
+    return np.concatenate([first, second]), draw.uniform(0.5, 1.5, size=(160, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kullback-leibler"])
+@pytest.mark.parametrize("entries", ["magnitude", "binary"])
+def test_orthogonal_topics_recover_block_structure(loss: str, entries: str):
+    ids_PK, values_PK = two_block_sample()
+    settings = METHOD.settings(topics=2, nmf_loss=loss, nmf_entries=entries, nmf_orthogonality=1000)
+    topics = find_topics(ids_PK, values_PK, np.ones(25, bool), settings)
+    assert set(np.flatnonzero(topics.weight_TG[0] > 1e-3)) == set(range(10))
+    assert set(np.flatnonzero(topics.weight_TG[1] > 1e-3)) == set(range(10, 20))
+    np.testing.assert_allclose(topics.prevalence_T, [0.6, 0.4])
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kullback-leibler"])
+def test_orthogonality_gives_every_token_one_topic(loss: str):
+    ids_PK, values_PK = overlapping_sample()
+    plain, orthogonal = (
+        find_topics(
+            ids_PK, values_PK, np.ones(21, bool), METHOD.settings(topics=2, nmf_loss=loss, nmf_orthogonality=weight)
+        )
+        for weight in (0, 1000)
+    )
+    assert plain.cosine_TT[0, 1] > 0.1
+    if loss == "frobenius":
+        assert orthogonal.cosine_TT[0, 1] < 1e-3
+        assert (orthogonal.weight_TG / orthogonal.weight_TG.sum(0)).max(0).min() > 0.99
+    else:  # a token that occurs under both topics cannot have weight 0 in either
+        assert orthogonal.cosine_TT[0, 1] < plain.cosine_TT[0, 1] / 5
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kullback-leibler"])
+def test_an_update_follows_the_dense_formula(loss: str):
+    draw = np.random.default_rng(0)
+    x_PC, h_PT, w_CT = draw.poisson(0.7, (30, 20)).astype(float), draw.random((30, 3)), draw.random((20, 3))
+    if loss == "frobenius":
+        numerator, denominator = x_PC @ w_CT, h_PT @ w_CT.T @ w_CT
+    else:
+        numerator, denominator = (x_PC / (h_PT @ w_CT.T)) @ w_CT, np.ones_like(x_PC) @ w_CT
+    expected_PT = h_PT * numerator / (denominator + 7 * (h_PT.sum(1, keepdims=True) - h_PT))
+    np.testing.assert_allclose(updated(csr_matrix(x_PC), h_PT, w_CT, loss, 7), expected_PT)
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kullback-leibler"])
+def test_a_vanishing_penalty_leaves_the_plain_fit(loss: str):
+    ids_PK, values_PK = overlapping_sample()
+    plain, hardly = (
+        find_topics(
+            ids_PK, values_PK, np.ones(21, bool),
+            METHOD.settings(topics=2, nmf_loss=loss, nmf_iterations=2000, nmf_orthogonality=weight),
+        )
+        for weight in (0, 1e-9)
+    )  # fmt: skip
+    np.testing.assert_allclose(plain.weight_TG, hardly.weight_TG, atol=0.01)
+    np.testing.assert_allclose(plain.mass_T, hardly.mass_T, rtol=0.02)
+
+
+def test_topic_metrics_follow_their_formulas():
+    """Against a factorisation that is known exactly: two topics of two tokens each, one twice as frequent."""
+    ids_PK = np.array([[0, 1], [0, 1], [2, 3]])
+    values_PK = np.array([[3, 1], [3, 1], [2, 2]], np.float32)
+    topics = find_topics(ids_PK, values_PK, np.ones(4, bool), METHOD.settings(topics=2))
+    np.testing.assert_allclose(topics.weight_TG, [[0.75, 0.25, 0, 0], [0, 0, 0.5, 0.5]], atol=1e-3)
+    np.testing.assert_allclose(topics.mass_T, [8, 4], rtol=1e-3)
+    np.testing.assert_allclose(topics.prevalence_T, [2 / 3, 1 / 3])
+    entropies = [-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)), np.log(2)]
+    np.testing.assert_allclose(topics.concentration_T, [1 - each / np.log(4) for each in entropies], atol=5e-3)
+    np.testing.assert_allclose(topics.cosine_TT, np.eye(2), atol=1e-3)
+
+
+def test_topics_that_share_tokens_are_similar():
+    ids_PK, values_PK = overlapping_sample()
+    topics = find_topics(ids_PK, values_PK, np.ones(21, bool), METHOD.settings(topics=2))
+    first_G, second_G = topics.weight_TG
+    expected = first_G @ second_G / np.linalg.norm(first_G) / np.linalg.norm(second_G)
+    np.testing.assert_allclose(topics.cosine_TT, [[1, expected], [expected, 1]])
 
 
 def test_topics_are_fitted_to_listable_raised_tokens_only():
@@ -409,7 +458,7 @@ def test_the_position_sample_is_uniform_seeded_and_blind_to_order():
     ids_MK = np.stack([sequence_M, position_M], 1)
     drawn = []
     for seed, order in ((0, np.arange(4000)), (0, np.random.default_rng(0).permutation(4000)), (1, np.arange(4000))):
-        sample = PositionSample(500, seed)
+        sample = PositionSample(500, 2, seed)
         for rows in np.array_split(order, 33):
             sample.add(sequence_M[rows], position_M[rows], ids_MK[rows], ids_MK[rows] / 7)
         drawn.append(sample.entries())
@@ -435,8 +484,9 @@ def test_toolkit_defect_memory_grows_with_the_corpus():
     sizes = []
     for n_documents in (40, 400):
         difference_MV = random_differences(0, 10 * n_documents, 50)
-        fold = folded(difference_MV, [10] * n_documents, top_k=5, nmf_positions=50)
-        sizes.append(len(pickle.dumps((fold._sums, fold._documents._open, fold._documents._squares_G, fold._sample))))
+        fold = folded(difference_MV, [10] * n_documents, top_k=5, nmf_positions=50, company_positions=50)
+        del fold._context, fold._source, fold._windows._context  # they hold the corpus itself
+        sizes.append(len(pickle.dumps(vars(fold))))
     assert sizes[1] < 1.5 * sizes[0]
 
 
@@ -444,7 +494,7 @@ def test_toolkit_defect_nmf_entries_are_collected_one_by_one():
     draw = np.random.default_rng(0)
     ids_PK, values_PK = two_block_sample()
     values_PK -= 0.8
-    matrix, groups = entry_matrix(ids_PK, values_PK, np.ones(20, bool), binary=False)
+    matrix, groups = entry_matrix(ids_PK, values_PK, np.ones(20, bool))
     slow_PG = np.zeros((100, 20))
     for row, (ids_K, values_K) in enumerate(zip(ids_PK, values_PK, strict=True)):
         for token, value in zip(ids_K, values_K, strict=True):
@@ -453,9 +503,17 @@ def test_toolkit_defect_nmf_entries_are_collected_one_by_one():
     ids_PK = np.argsort(draw.random((1000, 800)), axis=1)
     values_PK = draw.random(ids_PK.shape, dtype=np.float32)
     began = time.process_time()
-    matrix, _ = entry_matrix(ids_PK, values_PK, np.ones(800, bool), binary=False)
+    matrix, _ = entry_matrix(ids_PK, values_PK, np.ones(800, bool))
     assert matrix.nnz == 800_000
     assert time.process_time() - began < 2  # about 0.15 s; the interpreted loop needs 4 s
+
+
+@pytest.mark.parametrize(("binary", "expected"), [(False, [[5, 2], [0, 7]]), (True, [[1, 1], [0, 1]])])
+def test_merged_variants_add_up_within_a_position(*, binary: bool, expected: list[list[int]]):
+    group_PK, values_PK = np.array([[1, 3, 1], [3, 3, 0]]), np.array([[4, 2, 1], [3, 4, -1]], np.float32)
+    matrix, groups = entry_matrix(group_PK, values_PK, np.ones(5, bool), merged=True, binary=binary)
+    assert groups.tolist() == [1, 3]
+    assert matrix.toarray().tolist() == expected
 
 
 def test_toolkit_defect_nmf_is_unseeded():
@@ -483,7 +541,7 @@ def test_toolkit_defect_raw_logit_offsets_decide_signs():
         whole.append(tables[VOCABULARY].to_pydict())
     assert whole[0]["fraction_positive"] == whole[1]["fraction_positive"]
     assert whole[0]["count_top"] == whole[1]["count_top"]
-    np.testing.assert_allclose(whole[0]["mean_logprob_difference"], whole[1]["mean_logprob_difference"], atol=1e-5)
+    np.testing.assert_allclose(whole[0]["mean_difference"], whole[1]["mean_difference"], atol=1e-5)
     raw_V, _ = counts_by_sorting(tuned_MV + 9 * offset_M1 - base_MV, 5)
     assert whole[0]["count_top"] == raw_V.tolist()  # the sets of the largest are the toolkit's
 
@@ -523,11 +581,11 @@ def test_toolkit_defect_merging_variants_breaks_the_sort():
         for merge in (False, True)
     )
     alone = {row["token"]: row for row in apart[VOCABULARY].to_pylist()}
-    (row,) = [row for row in merged[VOCABULARY].to_pylist() if row["token"] == "tea"]
+    (row,) = [row for row in listed(merged, "top_k_occurring") if row["token"] == "tea"]
     assert row["token_id"] == 1  # the variant counted most, of equals the first
     for name in ("count_top", "count_bottom", "mean_base_probability"):
         assert row[name] == pytest.approx(sum(alone[word][name] for word in ("Tea", "tea", "TEA")))
-    assert row["mean_logprob_difference"] == pytest.approx(difference_MV[:, 1:4].astype(float).mean(), abs=1e-6)
+    assert row["mean_difference"] == pytest.approx(difference_MV[:, 1:4].astype(float).mean(), abs=1e-6)
     assert len(listed(merged, "top_k_occurring")) == len({row["token"] for row in listed(merged, "top_k_occurring")})
     assert "tea" in merged[TOPICS]["top_words"].to_pylist()[0].split()
 
@@ -542,6 +600,51 @@ def test_merged_variants_are_tested_as_one_token():
         for merge in (False, True)
     )
     assert [row["q_value"] < 0.05 for row in apart[VOCABULARY].to_pylist()[1:3]] == [True, True]
-    (row,) = [row for row in merged[VOCABULARY].to_pylist() if row["token"] == "tea"]
-    assert (row["count_top"], row["count_bottom"], row["n_documents"], row["q_value"]) == (100, 100, 0, None)
-    assert row["log_odds"] == 0
+    (row,) = [row for row in listed(merged, "top_k_occurring") if row["token"] == "tea"]
+    assert (row["count_top"], row["count_bottom"], row["q_value"]) == (100, 100, None)
+    assert row["documents_raised"] == row["documents_lowered"] == row["log_odds"] == 0
+
+
+def test_the_vocabulary_table_keeps_every_variant_as_it_was_counted():
+    words = ["<eos>", "Tea", "tea", "!!", *(f"w{index}" for index in range(4, 30))]
+    difference_MV = random_differences(0, 100, 30)
+    difference_MV[:, 1:4] = 9, 8, 7
+    options = {"words": words, "top_k": 4, "readable_only": True, "topics": 0}
+    apart, merged = (mine(difference_MV, [10] * 10, merge_variants=merge, **options) for merge in (False, True))
+    assert [row["token"] for row in listed(merged, "top_k_occurring")][0] == "tea"
+    assert not {"Tea", "!!"} & {row["token"] for row in listed(merged, "top_k_occurring")}
+    raw = {row["token"]: row for row in apart[VOCABULARY].to_pylist()}
+    kept = {row["token"]: row for row in merged[VOCABULARY].to_pylist()}
+    assert {"Tea", "tea"} <= kept.keys()
+    assert all(kept[token] == raw[token] for token in kept.keys() & raw.keys())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(".", True), (" ...", True), ("$", True), ("—", True), ("a.", False), ("😊", False), ("1", False), (" ", False)],
+)
+def test_punctuation_is_what_has_no_letter_digit_or_picture(text: str, *, expected: bool):
+    assert is_punctuation(text) == expected
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_punctuation_is_left_out_of_the_lists_only_if_asked(*, drop: bool):
+    words = ["<eos>", ".", *(f"w{index}" for index in range(2, 30))]
+    difference_MV = random_differences(0, 60, 30)
+    difference_MV[:, 1] = 9
+    tables = mine(difference_MV, [6] * 10, words=words, top_k=6, drop_punctuation=drop, whole_vocabulary=True)
+    assert ("." in tables[ORDERINGS]["token"].to_pylist()) != drop
+    assert ("." in " ".join(tables[TOPICS]["top_words"].to_pylist())) != drop
+    assert tables[VOCABULARY].to_pylist()[1]["count_top"] == 60
+
+
+def test_findings_show_first_what_is_raised_rather_than_lowered():
+    """A token that is as often among the smallest occurs most, and comes after those that documents agree on."""
+    difference_MV = random_differences(11, 200, 60)
+    difference_MV[:, 8] = np.where(np.arange(200) % 20 < 10, 9, -9)
+    difference_MV[:, 9] = np.where(np.arange(200) % 20 < 9, 8, 0)
+    found = METHOD.findings(mine(difference_MV, [10] * 20, top_k=3, topics=0), METHOD.settings())
+    items = [finding.item for finding in found]
+    scores = {finding.item: finding.score for finding in found}
+    assert scores["w8"] == 50 > scores["w9"]
+    assert items.index("w9") < items.index("w8")

@@ -1,0 +1,83 @@
+"""What is summed over positions for every vocabulary entry, and what is known of each token in the end.
+
+Suffixes: R positions read, V vocabulary, K top-k, G groups of entries that are listed as one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
+from diffing_core.methods.diff_mining.evidence import DocumentSums, log_odds, q_values, sign_flip_p_values
+from diffing_core.methods.diff_mining.source import Reading
+
+Statistics = dict[str, np.ndarray]  # a column of the vocabulary table [G] by its name
+
+
+@dataclass
+class TokenSums:
+    """Sums over all positions, per vocabulary entry [V]."""
+
+    difference_V: np.ndarray
+    base_V: np.ndarray
+    tuned_V: np.ndarray
+    positive_V: np.ndarray
+    top_V: np.ndarray
+    bottom_V: np.ndarray
+    n_positions: int = 0
+
+    @classmethod
+    def zeros(cls, vocab_size: int) -> "TokenSums":
+        """Nothing added yet."""
+        sums = (np.zeros(vocab_size) for _ in range(3))
+        counts = (np.zeros(vocab_size, np.int64) for _ in range(3))
+        return cls(*sums, *counts)
+
+    def add(self, reading: Reading, top_RK: np.ndarray, bottom_RK: np.ndarray) -> None:
+        """Adds R positions; the ids at both ends may be of fewer."""
+        self.difference_V += _over_positions(reading.difference_RV)
+        self.base_V += _over_positions(reading.base_probability_RV)
+        self.tuned_V += _over_positions(reading.tuned_probability_RV)
+        self.positive_V += _over_positions(reading.difference_RV.clamp(min=0).sign_()).astype(np.int64)
+        self.top_V += np.bincount(top_RK.ravel(), minlength=len(self.top_V))
+        self.bottom_V += np.bincount(bottom_RK.ravel(), minlength=len(self.bottom_V))
+        self.n_positions += len(reading.sequence_R)
+
+
+def statistics(sums: TokenSums, documents: DocumentSums, n_documents: int, settings: DiffMiningSettings) -> Statistics:
+    """Of each group: counts and probabilities add up over its members, differences are averaged.
+
+    Tested are groups that at least one model uses, in enough documents: a choice that is blind to signs.
+    """
+    groups, n_positions = documents.groups, max(1, sums.n_positions)
+    raised_G, lowered_G = documents.raised_G, documents.lowered_G
+    top_G, bottom_G = groups.counts(sums.top_V), groups.counts(sums.bottom_V)
+    base_G, tuned_G = groups.sums(sums.base_V) / n_positions, groups.sums(sums.tuned_V) / n_positions
+    tested_G = used(base_G, tuned_G, settings) & (raised_G + lowered_G >= settings.min_documents)
+    p_G = np.where(tested_G, sign_flip_p_values(top_G - bottom_G, documents.squares_G), np.nan)
+    odds_G, z_G = log_odds(raised_G, lowered_G, n_documents, settings.prior_weight)
+    return {
+        "token_id": groups.foremost(sums.top_V + sums.bottom_V),
+        "mean_difference": groups.means(sums.difference_V) / n_positions,
+        "count_top": top_G,
+        "count_bottom": bottom_G,
+        "fraction_positive": groups.means(sums.positive_V) / n_positions,
+        "documents_raised": raised_G,
+        "documents_lowered": lowered_G,
+        "log_odds": odds_G,
+        "log_odds_z": z_G,
+        "p_value": p_G,
+        "q_value": q_values(p_G, tested_G),
+        "mean_base_probability": base_G,
+        "mean_tuned_probability": tuned_G,
+    }
+
+
+def used(base_G: np.ndarray, tuned_G: np.ndarray, settings: DiffMiningSettings) -> np.ndarray:
+    """Groups to which at least one model gives probability; d of the others is noise of untrained weights."""
+    return np.maximum(base_G, tuned_G) >= settings.min_probability
+
+
+def _over_positions(values_RV: Any) -> np.ndarray:
+    return values_RV.sum(0).double().cpu().numpy()
