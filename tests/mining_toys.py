@@ -14,7 +14,7 @@ from diffing_core.methods.diff_mining import METHOD
 from diffing_core.methods.diff_mining.fold import DiffMiningFold
 
 PLAIN = {"min_probability": 0, "readable_only": False}
-ORDERINGS, VOCABULARY, TOPICS, POSITIONS, COMPANY, WINDOWS = (spec.name for spec in METHOD.tables)
+ORDERINGS, VOCABULARY, TOPICS, POSITIONS, COOCCURRENCE, WINDOWS = (spec.name for spec in METHOD.tables)
 
 
 class FakeSide:

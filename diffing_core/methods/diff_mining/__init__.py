@@ -10,9 +10,9 @@ Log-probabilities and not raw logits, since a logit's offset is arbitrary at eve
 sign of d and every mean. The sets of the K largest are the same for both. Predictions of an earlier layer
 may be mined instead of the models' own (see `source`).
 
-Further: where the first tokens of the list occur and in whose company (`company`), and which passages of the
-probe texts finetuning made likelier (`windows`). Everything streams: memory is one block, a few numbers per
-vocabulary entry and bounded samples of positions, whatever the corpus.
+Further: at which positions the first tokens of the list occur, which of them occur together (`cooccurrence`),
+and which passages of the probe texts finetuning made likelier (`windows`). Everything streams: memory is one
+block, a few numbers per vocabulary entry and bounded samples of positions, whatever the corpus.
 
 References: Diff Mining (arXiv 2608.26462); Monroe, Colaresi and Quinn 2008.
 """

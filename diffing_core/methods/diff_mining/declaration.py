@@ -49,9 +49,9 @@ class DiffMiningSettings(Settings):
         0.0, ge=0, description="Weight of a penalty on tokens and positions shared by topics; 0 is the plain NMF."
     )
     seed: int = Field(0, ge=0, description="Seed of the samples and of the NMF.")
-    shortlist: int = Field(30, ge=0, description="Tokens followed by position and by company; 0 turns both off.")
+    shortlist: int = Field(30, ge=0, description="Tokens with positions and co-occurrence; 0 turns both off.")
     density_positions: int = Field(16, ge=1, description="Positions from the start (of the answer) told apart.")
-    company_positions: int = Field(8192, ge=1, description="Positions of whole sequences read for co-occurrence.")
+    cooccurrence_positions: int = Field(8192, ge=1, description="Positions of whole sequences read for co-occurrence.")
     windows: int = Field(20, ge=0, description="Likelihood-ratio windows listed per direction; 0 turns them off.")
     window_tokens: int = Field(20, ge=1, description="Tokens per window.")
     window_step: int = Field(5, ge=1, description="Tokens from one window to the next.")

@@ -7,14 +7,14 @@ Suffixes: R positions read, V vocabulary, K top-k.
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.methods.base import Tables
 from diffing_core.methods.diff_mining.cleanup import CleanUp, Groups
-from diffing_core.methods.diff_mining.company import Company, position_table
+from diffing_core.methods.diff_mining.cooccurrence import Cooccurrence, position_table
 from diffing_core.methods.diff_mining.counts import TokenSums, statistics
 from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.evidence import DocumentCounts
 from diffing_core.methods.diff_mining.extremes import largest
 from diffing_core.methods.diff_mining.listing import Listing
-from diffing_core.methods.diff_mining.places import Places, PositionCounts
-from diffing_core.methods.diff_mining.schema import COMPANY, ORDERINGS, POSITIONS, TOPICS, VOCABULARY, WINDOWS
+from diffing_core.methods.diff_mining.positions import PositionLabels, PositionCounts
+from diffing_core.methods.diff_mining.schema import COOCCURRENCE, ORDERINGS, POSITIONS, TOPICS, VOCABULARY, WINDOWS
 from diffing_core.methods.diff_mining.source import Reading, Source
 from diffing_core.methods.diff_mining.topics import PositionSample, find_topics
 from diffing_core.methods.diff_mining.windows import LikelihoodWindows
@@ -30,19 +30,19 @@ class DiffMiningFold:
         self._source = Source(context, settings)
         self.layers = self._source.layers
         self._clean_up = CleanUp.of(context, settings)
-        self._places = Places(context.corpus, settings)
+        self._positions = PositionLabels(context.corpus, settings)
         self._sums = TokenSums.zeros(context.vocab_size)
         groupings = [Groups.singly(context.vocab_size), *([self._clean_up.groups] if settings.merge_variants else [])]
         self._documents = DocumentCounts(context.vocab_size, *groupings)
         self._sample = PositionSample(settings.nmf_positions, self._k, settings.seed)
         self._by_position = PositionCounts(context.vocab_size, settings)
-        self._company = Company(context.corpus, self._k, settings)
+        self._cooccurrence = Cooccurrence(context.corpus, self._k, settings)
         self._windows = LikelihoodWindows(context, settings)
 
     def update(self, block: TokenBlock) -> None:
         """Adds N positions, those of them that are counted."""
-        ended = self._places.ended(block)
-        reading = self._source.read(block, self._places.counted(block))
+        ended = self._positions.ended(block)
+        reading = self._source.read(block, self._positions.counted(block))
         if reading is not None:
             self._count(reading)
         self._documents.close(ended)
@@ -65,7 +65,7 @@ class DiffMiningFold:
             VOCABULARY.name: listing.vocabulary_table(orderings),
             TOPICS.name: listing.topic_table(topics),
             POSITIONS.name: position_table(self._by_position, listing, shortlist),
-            COMPANY.name: self._company.table(listing, shortlist),
+            COOCCURRENCE.name: self._cooccurrence.table(listing, shortlist),
             WINDOWS.name: self._windows.table(),
         }
 
@@ -84,6 +84,6 @@ class DiffMiningFold:
         if self._settings.topics:
             self._sample.add(*(each[differs_R] for each in (sequence_R, position_R, top_RK, value_RK)))
         if self._settings.shortlist:
-            label_R = self._places.labels(sequence_R, position_R)
+            label_R = self._positions.labels(sequence_R, position_R)
             self._by_position.add(label_R, differs_R, top_RK, bottom_RK)
-            self._company.add(sequence_R, differs_R, top_RK, bottom_RK)
+            self._cooccurrence.add(sequence_R, differs_R, top_RK, bottom_RK)

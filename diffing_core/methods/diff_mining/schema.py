@@ -76,7 +76,7 @@ POSITIONS = TableSpec(
         Column("count_bottom", "int64", "Of these, those where it is among the K smallest d.", role="count", low=0),
     ),
 )
-COMPANY = TableSpec(
+COOCCURRENCE = TableSpec(
     "diff_mining_cooccurrence",
     "How often two of the first tokens of top_k_occurring meet among the K largest or K smallest d, in a sample.",
     ("token_id", "other_id"),
@@ -108,4 +108,4 @@ WINDOWS = TableSpec(
         Column("text", "string", "The window as text."),
     ),
 )  # fmt: skip
-TABLES = (ORDERINGS, VOCABULARY, TOPICS, POSITIONS, COMPANY, WINDOWS)
+TABLES = (ORDERINGS, VOCABULARY, TOPICS, POSITIONS, COOCCURRENCE, WINDOWS)

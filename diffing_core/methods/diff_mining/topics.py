@@ -9,7 +9,7 @@
 W is scaled so that each topic's weights sum to 1. The fit is seeded and reads a bounded, uniform sample
 of positions.
 
-Suffixes: N positions of a block, C places for them, P positions of the sample, K top-k, G groups of tokens, T topics.
+Suffixes: N positions of a block, P positions of the sample, C room for them, K top-k, G groups of tokens, T topics.
 """
 
 from dataclasses import dataclass

@@ -484,7 +484,7 @@ def test_toolkit_defect_memory_grows_with_the_corpus():
     sizes = []
     for n_documents in (40, 400):
         difference_MV = random_differences(0, 10 * n_documents, 50)
-        fold = folded(difference_MV, [10] * n_documents, top_k=5, nmf_positions=50, company_positions=50)
+        fold = folded(difference_MV, [10] * n_documents, top_k=5, nmf_positions=50, cooccurrence_positions=50)
         del fold._context, fold._source, fold._windows._context  # they hold the corpus itself
         sizes.append(len(pickle.dumps(vars(fold))))
     assert sizes[1] < 1.5 * sizes[0]

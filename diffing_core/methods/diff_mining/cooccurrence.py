@@ -1,7 +1,7 @@
-"""Where shortlisted tokens are raised and lowered, and in whose company.
+"""At which positions shortlisted tokens are raised and lowered, and which of them together.
 
-The company is read off a sample of whole sequences, chosen by a hash before the pass begins, of which the
-ids at both ends of every position are kept. A token's sign at a position is the end at which it is.
+What occurs together is read off a sample of whole sequences, chosen by a hash before the pass begins, of
+which the ids at both ends of every position are kept. A token's sign at a position is the end at which it is.
 
 Suffixes: R positions read, P positions of the sample, K top-k, S sequences, L shortlisted groups, V vocabulary.
 """
@@ -13,18 +13,18 @@ import pyarrow as pa
 from diffing_core.corpus import ProbeCorpus
 from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.listing import Listing
-from diffing_core.methods.diff_mining.places import PositionCounts
-from diffing_core.methods.diff_mining.schema import COMPANY, POSITIONS
+from diffing_core.methods.diff_mining.positions import PositionCounts
+from diffing_core.methods.diff_mining.schema import COOCCURRENCE, POSITIONS
 from diffing_core.methods.diff_mining.topics import position_hash
 
 
-class Company:
+class Cooccurrence:
     """The ids at both ends of the positions of some whole sequences."""
 
     def __init__(self, corpus: ProbeCorpus, k: int, settings: DiffMiningSettings) -> None:
         length_S = np.asarray([len(sequence) for sequence in corpus.sequences])
         order = np.argsort(position_hash(np.arange(len(length_S)), np.zeros(len(length_S), np.int64), settings.seed))
-        n_chosen = max(1, np.searchsorted(length_S[order].cumsum(), settings.company_positions, side="right"))
+        n_chosen = max(1, np.searchsorted(length_S[order].cumsum(), settings.cooccurrence_positions, side="right"))
         self._chosen_S = np.zeros(len(length_S), bool)
         self._chosen_S[order[:n_chosen]] = True
         n_places = length_S[order[:n_chosen]].sum()
@@ -43,7 +43,7 @@ class Company:
     def table(self, listing: Listing, shortlist: np.ndarray) -> pa.Table:
         """Every pair of the shortlist that meets, and each token with itself."""
         if not self._n_held or not len(shortlist):
-            return COMPANY.empty()
+            return COOCCURRENCE.empty()
         order = np.argsort(self._sequence_P[: self._n_held], kind="stable")
         sequences, sequence_P = np.unique(self._sequence_P[order], return_inverse=True)
         ends_PL = [
@@ -54,7 +54,7 @@ class Company:
         counts = _meetings("sequences", *ends_SL) | _meetings("positions", *ends_PL)
         first, second = np.nonzero(np.triu(counts["sequences"]))
         ids, texts = listing.of_G["token_id"][shortlist], np.asarray(listing.texts(shortlist), object)
-        return COMPANY.table(
+        return COOCCURRENCE.table(
             {name: count_LL[first, second] for name, count_LL in counts.items()}
             | {
                 "token_id": ids[first],

@@ -13,7 +13,7 @@ ASSISTANT = ROLES.index("assistant")
 NO_ANSWER = 2**31
 
 
-class Places:
+class PositionLabels:
     """The label of every position, which positions are counted, and where a sequence ends."""
 
     def __init__(self, corpus: ProbeCorpus, settings: DiffMiningSettings) -> None:

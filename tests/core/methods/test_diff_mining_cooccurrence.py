@@ -11,7 +11,7 @@ from diffing_core.models import ModelPair
 from diffing_core.paired_pass import paired_pass
 from tests import model_files
 from tests.mining_toys import (
-    COMPANY,
+    COOCCURRENCE,
     ORDERINGS,
     POSITIONS,
     WINDOWS,
@@ -77,7 +77,7 @@ def test_positions_at_which_nothing_differs_are_counted_without_a_token():
 # Co-occurrence
 
 
-def company_by_loops(difference_MV: np.ndarray, k: int) -> dict[tuple[int, int], list[int]]:
+def cooccurrence_by_loops(difference_MV: np.ndarray, k: int) -> dict[tuple[int, int], list[int]]:
     """Sequences, sequences of one sign, positions, positions of one sign, for every pair that meets."""
     found: dict[tuple[int, int], list[int]] = {}
     top, bottom = ends_of(difference_MV, k)
@@ -96,8 +96,8 @@ def company_by_loops(difference_MV: np.ndarray, k: int) -> dict[tuple[int, int],
 def test_co_occurrence_equals_loops_over_positions_and_sequences():
     difference_MV = random_differences(0, M, 30)
     tables = mine(difference_MV, LENGTHS, top_k=4, topics=0, shortlist=8)
-    expected = company_by_loops(difference_MV, 4)
-    rows = tables[COMPANY].to_pylist()
+    expected = cooccurrence_by_loops(difference_MV, 4)
+    rows = tables[COOCCURRENCE].to_pylist()
     for row in rows:
         counts = [row[name] for name in ("sequences", "sequences_same_sign", "positions", "positions_same_sign")]
         assert counts == expected[row["token_id"], row["other_id"]]
@@ -111,7 +111,7 @@ def test_a_token_with_itself_shows_where_it_occurs_at_all():
     difference_MV = random_differences(0, M, 30)
     tables = mine(difference_MV, LENGTHS, top_k=4, topics=0, shortlist=3)
     first = listed(tables, "top_k_occurring")[0]
-    [own] = [row for row in tables[COMPANY].to_pylist() if row["token_id"] == row["other_id"] == first["token_id"]]
+    [own] = [row for row in tables[COOCCURRENCE].to_pylist() if row["token_id"] == row["other_id"] == first["token_id"]]
     assert own["positions"] == own["positions_same_sign"] == first["count_top"] + first["count_bottom"]
 
 
@@ -120,7 +120,7 @@ def test_toolkit_defect_same_sign_matrices_are_copies_of_the_unsigned():
     difference_MV = random_differences(0, M, 30)
     difference_MV[:, 3], difference_MV[:, 4], difference_MV[:, 5] = 9, -9, 8
     difference_MV[0, 4] = 7  # raised once, so that it is in the list
-    rows = mine(difference_MV, LENGTHS, top_k=3, topics=0)[COMPANY].to_pylist()
+    rows = mine(difference_MV, LENGTHS, top_k=3, topics=0)[COOCCURRENCE].to_pylist()
     pairs = {(row["token"], row["other"]): row for row in rows}
     apart, together = pairs["w3", "w4"], pairs["w3", "w5"]
     assert (apart["positions"], apart["positions_same_sign"]) == (M, 1)
@@ -130,37 +130,37 @@ def test_toolkit_defect_same_sign_matrices_are_copies_of_the_unsigned():
 
 
 def test_toolkit_defect_co_occurrence_is_computed_and_never_saved():
-    assert COMPANY in {spec.name for spec in METHOD.tables}
-    assert mine(random_differences(0, M, 30), LENGTHS, top_k=4)[COMPANY].num_rows > 0
+    assert COOCCURRENCE in {spec.name for spec in METHOD.tables}
+    assert mine(random_differences(0, M, 30), LENGTHS, top_k=4)[COOCCURRENCE].num_rows > 0
 
 
 def test_co_occurrence_reads_whole_sequences_up_to_its_limit():
     difference_MV = random_differences(0, M, 30)
-    options = {"top_k": 4, "topics": 0, "company_positions": 40}
-    rows = mine(difference_MV, LENGTHS, **options)[COMPANY].to_pylist()
+    options = {"top_k": 4, "topics": 0, "cooccurrence_positions": 40}
+    rows = mine(difference_MV, LENGTHS, **options)[COOCCURRENCE].to_pylist()
     n_sequences, n_positions = rows[0]["n_sequences"], rows[0]["n_positions"]
     assert n_positions <= 40
     assert n_positions in {sum(chosen) for chosen in itertools.combinations(LENGTHS, n_sequences)}
-    one = mine(difference_MV, LENGTHS, **options | {"company_positions": 1})[COMPANY].to_pylist()
+    one = mine(difference_MV, LENGTHS, **options | {"cooccurrence_positions": 1})[COOCCURRENCE].to_pylist()
     assert one[0]["n_sequences"] == 1
 
 
-def test_merged_variants_keep_company_as_one_token():
+def test_merged_variants_occur_together_as_one_token():
     words = ["<eos>", "Tea", "tea", *(f"w{index}" for index in range(3, 30))]
     difference_MV = random_differences(0, M, 30)
     difference_MV[:, 1] = np.where(np.arange(M) % 2, 9, 0)
     difference_MV[:, 2] = np.where(np.arange(M) % 2, 0, 9)
     difference_MV[:, 7] = 8
     tables = mine(difference_MV, LENGTHS, words=words, top_k=3, topics=0, merge_variants=True)
-    [row] = [row for row in tables[COMPANY].to_pylist() if {row["token"], row["other"]} == {"tea", "w7"}]
+    [row] = [row for row in tables[COOCCURRENCE].to_pylist() if {row["token"], row["other"]} == {"tea", "w7"}]
     assert row["positions_same_sign"] == row["positions"] == M
     density = [row for row in tables[POSITIONS].to_pylist() if row["token"] == "tea"]
     assert all(row["count_top"] >= row["n_positions"] for row in density)
 
 
-def test_an_empty_shortlist_turns_densities_and_company_off():
+def test_an_empty_shortlist_turns_densities_and_co_occurrence_off():
     tables = mine(random_differences(0, M, 30), LENGTHS, top_k=4, shortlist=0)
-    assert tables[POSITIONS].num_rows == tables[COMPANY].num_rows == 0
+    assert tables[POSITIONS].num_rows == tables[COOCCURRENCE].num_rows == 0
     assert tables[ORDERINGS].num_rows > 0
 
 
