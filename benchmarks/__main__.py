@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from benchmarks import platform, storage, stream, weights
+from benchmarks import mining, platform, storage, stream, weights
 from benchmarks.figure import write
 from diffing_core.settings import diffing_home
 
@@ -13,6 +13,9 @@ BENCHMARKS = (
     stream.family,
     stream.cohort_of_eight,
     stream.memory_growth,
+    mining.diff_mining_memory,
+    mining.diff_mining_exactness,
+    mining.nmf_collection,
     platform.definitions_load,
     platform.partition_overhead,
     storage.parquet,

@@ -41,6 +41,12 @@ def wall_s(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def own_peak_mb() -> float:
+    """Most memory this process has held; unlike getrusage's figure, free of what its parent held when it forked."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
 def in_turn(
     works: dict[str, Callable[[], object]], rounds: int, clock: Callable[[Callable[[], object]], float]
 ) -> dict[str, float]:

@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.figure import Figure, cpu_s, in_turn
+from benchmarks.figure import Figure, cpu_s, in_turn, own_peak_mb
 from benchmarks.pairs import cohort, corpus
 from benchmarks.stream import TOKENS_PER_BATCH, VOCABULARY, fold
 from diffing_core.blocks import StreamContext, TokenBlock
@@ -123,12 +122,6 @@ def _collected_in_a_loop(ids_PK: np.ndarray, values_PK: np.ndarray) -> tuple[Any
                 columns.append(column_of.setdefault(token, len(column_of)))
                 values.append(value)
     return csr_matrix((values, (rows, columns)), dtype=np.float32), column_of
-
-
-def own_peak_mb() -> float:
-    """Most memory this process has held; unlike getrusage's figure, free of what its parent held when it forked."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
 
 
 def _peak_mb(n_tokens: int) -> float:

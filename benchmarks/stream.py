@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.figure import Figure, cpu_s, in_turn
+from benchmarks.figure import Figure, cpu_s, in_turn, own_peak_mb
 from benchmarks.pairs import WithFloor, bare_forwards, cohort, corpus
 from diffing_core.corpus import ProbeCorpus
 from diffing_core.methods import all_methods
@@ -100,7 +100,5 @@ def _peak_mb(n_tokens: int) -> float:
 
 
 if __name__ == "__main__":
-    import resource
-
     fold(cohort(1, d_model=128, n_layers=4, vocabulary=VOCABULARY), corpus(int(sys.argv[1]), vocabulary=VOCABULARY))
-    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}\n")
+    sys.stdout.write(f"{own_peak_mb()}\n")

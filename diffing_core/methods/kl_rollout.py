@@ -76,9 +76,9 @@ TEXTS = TableSpec(
 PLACES = TableSpec(
     "kl_rollout_positions",
     "How the divergence goes on along the text.",
-    ("offset",),
+    ("answer_position",),
     (
-        Column("offset", "int32", "Place in the text, 0 is its first token.", role="key"),
+        Column("answer_position", "int32", "Place in the text, 0 is its first token.", role="key"),
         Column("n_texts", "int64", "Texts that long.", role="count"),
         Column("log_ratio_nats", "float64", "Mean log-ratio of the token said there.", NATS, "effect"),
         Column("kl_nats", "float64", "Mean KL(tuned ‖ base) there.", NATS, "effect", low=0),
@@ -123,7 +123,7 @@ def run(inputs: Inputs, settings: KlRolloutSettings) -> Tables:
 
 
 def scored(pair: ModelPair, written: Sequence[Generation]) -> Any:
-    """A polars frame, one row per token said: sequence, offset, token_id, and at the place before it delta_logprob, kl_nats."""
+    """A polars frame, one row per token said: sequence, answer_position, token_id, and at the place before it delta_logprob, kl_nats."""
     corpus = ProbeCorpus("rollouts", tuple(_sequence(each) for each in written), len(written))
     [result] = paired_pass([pair], corpus, [(KL, KlSettings(token_rows=corpus.n_tokens))])
     if result.error is not None:
@@ -133,7 +133,7 @@ def scored(pair: ModelPair, written: Sequence[Generation]) -> Any:
     sequence_N, position_N = before["sequence"].to_numpy(), before["position"].to_numpy()
     token_N = [int(corpus.sequences[s].token_T[p + 1]) for s, p in zip(sequence_N, position_N, strict=True)]
     return before.select("sequence", "delta_logprob", "kl_nats").with_columns(
-        offset=pl.Series(position_N - start_S[sequence_N]), token_id=pl.Series(token_N, dtype=pl.Int32)
+        answer_position=pl.Series(position_N - start_S[sequence_N]), token_id=pl.Series(token_N, dtype=pl.Int32)
     )
 
 
@@ -194,7 +194,7 @@ def _texts(said: Any, written: Sequence[Generation], prompts: Sequence[Prompt], 
 
 
 def _places(said: Any) -> pa.Table:
-    by_place = said.group_by("offset").agg(pl.len().alias("n_texts"), *_means()).sort("offset")
+    by_place = said.group_by("answer_position").agg(pl.len().alias("n_texts"), *_means()).sort("answer_position")
     return PLACES.table({name: by_place[name].to_numpy() for name in PLACES.schema.names})
 
 

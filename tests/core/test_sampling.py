@@ -41,3 +41,8 @@ def test_all_and_none() -> None:
     assert not sampled(SEQUENCE_N, POSITION_N, 0.0).any()
     assert sampled(SEQUENCE_N, POSITION_N, 1 - 2**-53).mean() > 0.999
     assert len(sampled(SEQUENCE_N[:0], POSITION_N[:0], 0.5)) == 0
+
+
+def test_the_first_token_of_the_first_sequence_is_sampled_like_any_other() -> None:
+    """It used to mix to 0, which is below every share."""
+    assert not sampled(np.zeros(1, np.int64), np.zeros(1, np.int64), 0.01)[0]

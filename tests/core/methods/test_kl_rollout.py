@@ -47,9 +47,9 @@ def test_every_token_said_is_scored_where_it_was_predicted(pair: ModelPair) -> N
         base_NV, tuned_NV = (
             side.module(ids_BT).logits[0].detach().double().log_softmax(-1) for side in (pair.base, pair.tuned)
         )
-        rows = said.filter(pl.col("sequence") == sequence).sort("offset")
+        rows = said.filter(pl.col("sequence") == sequence).sort("answer_position")
         assert rows["token_id"].to_list() == list(each.answer_ids)
-        assert rows["offset"].to_list() == list(range(len(each.answer_ids)))
+        assert rows["answer_position"].to_list() == list(range(len(each.answer_ids)))
         places = range(len(each.prompt_ids) - 1, ids_BT.shape[1] - 1)
         ratio = [float((tuned_NV - base_NV)[place, ids_BT[0, place + 1]]) for place in places]
         full = [float((tuned_NV[place].exp() * (tuned_NV - base_NV)[place]).sum()) for place in places]
