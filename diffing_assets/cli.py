@@ -1,6 +1,7 @@
 """The command `diffing`: registry, demo, SQL and results from a terminal."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -129,6 +130,7 @@ def main() -> None:
     """Entry point: errors of this project are told in one line, without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped on the way out
     try:
         app()
     except DiffingError as error:

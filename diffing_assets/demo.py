@@ -14,10 +14,11 @@ from pathlib import Path
 import dagster as dg
 
 from dbt_reports.site import prefetch
-from diffing_assets.instance import Server, gpu_slots, open_instance, running_server
+from diffing_assets.instance import gpu_slots, open_instance
 from diffing_assets.keys import CALIBRATED, EXPRESSED, SITE, diff_key, grade_key, hypothesis_key
 from diffing_assets.launch import backfill, run
 from diffing_assets.partitions import sync_partitions
+from diffing_assets.server import Server, running_server
 from diffing_core import demo
 from diffing_core.demo.progress import Progress
 from diffing_core.errors import StorageError

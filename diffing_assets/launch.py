@@ -7,14 +7,14 @@ from typing import Any
 
 import dagster as dg
 
-from diffing_assets.instance import Server
+from diffing_assets.server import LOCATION, Server
 from diffing_core.errors import DiffingError
 from diffing_core.progress import track
 
 POLL_S = 2.0
 FINAL = ("SUCCESS", "FAILURE", "CANCELED")
 ENDED = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "FAILED", "CANCELED")
-LOCATION = {"repositoryName": "__repository__", "repositoryLocationName": "diffing"}
+REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": LOCATION}
 logger = logging.getLogger(__name__)
 
 BACKFILL = """
@@ -78,7 +78,7 @@ def backfill(server: Server, what: str, keys: Sequence[dg.AssetKey], partitions:
 
 def run(server: Server, what: str, keys: Sequence[dg.AssetKey]) -> bool:
     """Materializes assets that have no partitions and waits; returns whether they succeeded."""
-    selector = LOCATION | {"pipelineName": "__ASSET_JOB", "assetSelection": [{"path": list(key.path)} for key in keys]}
+    selector = REPOSITORY | {"pipelineName": "__ASSET_JOB", "assetSelection": [{"path": list(key.path)} for key in keys]}
     params = {"selector": selector, "mode": "default", "executionMetadata": {"tags": []}}
     launched = server.ask(RUN, {"params": params})["launchPipelineExecution"]
     if launched["__typename"] != "LaunchRunSuccess":

@@ -16,6 +16,7 @@ from diffing_core.methods import all_methods
 from diffing_core.pairs import Pair
 from diffing_core.registry import load_registry
 from diffing_core.runs import RUNS
+from tests.model_files import truncated_adapter
 
 STREAMS = [diff_key(method) for method in all_methods().values() if method.kind == "stream"]
 
@@ -101,18 +102,7 @@ def test_an_unknown_partition_fails_with_the_names_that_exist(instance: dg.Dagst
 
 def test_a_broken_finetune_fails_alone_in_its_cohort(instance: dg.DagsterInstance, tiny_home: Path) -> None:
     """Two pairs in one run, one with a truncated adapter: the other is stored and counted."""
-    registry = load_registry()
-    broken = tiny_home / "registry" / "organisms" / "broken.yaml"
-    adapter = tiny_home / "broken"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
-    (adapter / "adapter_model.safetensors").write_bytes(b"\x08\x00")
-    broken.parent.mkdir(parents=True)
-    broken.write_text(
-        "name: broken\ntype: generic\narm: unknown\ndescription: a truncated adapter\n"
-        f"variants: {{tiny: {{default: {{kind: lora, source: {{path: {adapter}}}}}}}}}\n"
-    )
-    assert registry is not load_registry()
+    truncated_adapter(tiny_home)
     sync_partitions(instance, [Pair("tiny", "benign", "seed1"), Pair("tiny", "broken")])
     result = materialize(instance, STREAMS, tags=all_of(["benign__tiny__seed1", "broken__tiny__default"]))
     assert not result.success
