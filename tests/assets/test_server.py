@@ -16,16 +16,24 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 
 from diffing_assets import server
 from diffing_assets.instance import dagster_home, open_instance
-from diffing_assets.partitions import sync_partitions
+from diffing_assets.keys import diff_key
+from diffing_assets.launch import CANCEL, LAUNCH, STEP_TAG, run
+from diffing_assets.partitions import PAIRS, blocks, sync_partitions
 from diffing_assets.server import free_port, running_port, running_server
 from diffing_core.errors import DiffingError
+from diffing_core.lake import Lake
+from diffing_core.methods import get_method
 from diffing_core.registry import load_registry
+from diffing_core.runs import RUNS
 from tests.model_files import truncated_adapter
 
 LIMIT_S = 120
+CHEAP = [diff_key(get_method(name)) for name in ("kl", "norm_diff")]
+GOOD, BROKEN = "benign__tiny__seed1", "broken__tiny__default"
 UI = "from diffing_assets.cli import main; main()"
 
 
@@ -126,15 +134,76 @@ def test_a_taken_port_is_refused_before_anything_starts(lock: Path) -> None:
     assert free_port(port) == port
 
 
+@pytest.mark.parametrize(
+    ("wanted", "most", "workers", "expected"),
+    [
+        ("abcdefg", 3, 1, ["ab", "cd", "efg"]),
+        ("abcdefg", 8, 2, ["abc", "defg"]),
+        ("gfedcba", 3, 2, ["a", "bc", "de", "fg"]),
+        ("abefg", 8, 1, ["ab", "efg"]),
+        ("c", 8, 4, ["c"]),
+        ("", 8, 4, []),
+    ],
+)
+def test_blocks_are_neighbours_in_the_stored_order(wanted: str, most: int, workers: int, expected: list[str]) -> None:
+    """A range takes all keys between its ends, so no block may span a key that was not asked for."""
+    assert ["".join(block) for block in blocks("abcdefg", wanted, most, workers)] == expected
+
+
 def test_the_web_ui_and_the_report_are_served(ui: Ui) -> None:
     assert answer(f"http://127.0.0.1:{ui.site_port}/") == "the report"
     assert json.loads(answer(f"http://127.0.0.1:{ui.port}/server_info"))["dagster_version"] == dg.__version__
 
 
-def test_a_script_uses_the_server_that_is_there(ui: Ui) -> None:
+def test_pairs_run_on_the_server_that_is_there_and_a_broken_one_is_told_apart(
+    ui: Ui, caplog: pytest.LogCaptureFixture
+) -> None:
     with running_server() as found:
         assert found.url == f"http://127.0.0.1:{ui.port}", "a second daemon on one instance"
-        assert found.is_loaded()
+        succeeded = run(found, "cheap methods", CHEAP, [[GOOD, BROKEN]])
+        with pytest.raises(DiffingError, match="did not accept the run 'nothing'"):
+            run(found, "nothing", [dg.AssetKey(["diffs", "no_such_method"])])
+    assert not succeeded
+    [told] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert all(f"{BROKEN} / {key.path[-1]}: ModelLoadError" in told for key in CHEAP)
+    assert GOOD not in told
+    with open_instance() as instance:
+        [record] = instance.get_run_records()
+        assert record.dagster_run.status == dg.DagsterRunStatus.FAILURE
+        assert record.dagster_run.tags[STEP_TAG] == "cheap methods"
+        for key in CHEAP:
+            assert instance.get_materialized_partitions(key) == {GOOD}
+            states = instance.get_status_by_partition(key, [GOOD, BROKEN], PAIRS)
+            assert states == {GOOD: AssetPartitionStatus.MATERIALIZED, BROKEN: AssetPartitionStatus.FAILED}
+    rows = Lake(ui.home / "lake").read(RUNS).to_pylist()
+    assert {(row["organism"], row["method"]) for row in rows} == {("benign", "kl"), ("benign", "norm_diff")}
+
+
+class Interrupted:
+    """A server that launches everything; whoever waits for it is interrupted."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[str] = []
+        self.tags: list[dict[str, str]] = []
+
+    def ask(self, query: str, variables: dict) -> dict:
+        if query == LAUNCH:
+            self.tags.append({tag["key"]: tag["value"] for tag in variables["params"]["executionMetadata"]["tags"]})
+            return {"launchPipelineExecution": {"__typename": "LaunchRunSuccess", "run": {"runId": str(len(self.tags))}}}
+        if query == CANCEL:
+            self.cancelled = variables["ids"]
+            return {}
+        raise KeyboardInterrupt
+
+
+def test_runs_are_cancelled_when_the_wait_is_interrupted() -> None:
+    """They would stay in the queue and start with the next server, whoever starts it."""
+    asked = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, "a step", CHEAP, [["a", "b", "c"], ["e"]])
+    assert asked.cancelled == ["1", "2"]
+    ends = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "c"}
+    assert asked.tags == [{STEP_TAG: "a step"} | ends, {STEP_TAG: "a step", "dagster/partition": "e"}]
 
 
 def test_after_an_interrupt_no_process_port_or_lock_is_left(ui: Ui) -> None:
