@@ -119,9 +119,10 @@ def ui(port: int = 3000, site_port: int = 3001) -> None:
 
 def show_results(model: str) -> None:
     """The demo's two tables: method effectiveness, and method × organism."""
-    from diffing_assets.explain import LEGEND, effectiveness, method_by_organism
+    from diffing_assets.explain import LEGEND, READING, effectiveness, method_by_organism
 
     _print_table(*effectiveness(model))
+    typer.echo(READING)
     _print_table(*method_by_organism(model))
     typer.echo(LEGEND)
 
