@@ -48,6 +48,16 @@ def materialized(instance: dg.DagsterInstance, key: dg.AssetKey) -> set[str]:
     return instance.get_materialized_partitions(key)
 
 
+def something_is_seen(instance: dg.DagsterInstance, asset: dg.AssetKey, key: str) -> bool:
+    """Whether a result shows its cost, and a table and a plot unless it has no row at all."""
+    event = instance.fetch_materializations(dg.AssetRecordsFilter(asset, asset_partitions=[key]), limit=1).records[0]
+    shown = event.asset_materialization.metadata
+    assert {"compute_s", "forwards_shared_s", "probe_tokens", "dagster/row_count"} <= set(shown)
+    if shown["dagster/row_count"].value == 0:
+        return shown["findings"].value == "nothing found"
+    return "plot" in shown and any(isinstance(value, dg.TableMetadataValue) and value.records for value in shown.values())
+
+
 def test_only_pairs_whose_weights_are_there_are_partitions(instance: dg.DagsterInstance) -> None:
     keys = instance.get_dynamic_partitions(PAIRS.name)
     assert keys == sorted(keys, key=Pair.parse)
@@ -65,6 +75,7 @@ def test_a_pair_becomes_graded_findings_in_the_warehouse(instance: dg.DagsterIns
 
     assert materialize(instance, list(marts.keys)).success
     assert all(materialized(instance, asset) == set(keys) for asset in [*every_method, *evaluated])
+    assert all(something_is_seen(instance, asset, key) for asset in every_method for key in keys)
     with duckdb.connect(tiny_home / "warehouse.duckdb", read_only=True) as connection:
         graded = connection.execute("select count(distinct organism) from raw.grades").fetchone()
         n_arms = connection.execute("select count(*) from marts.method_effectiveness").fetchone()
