@@ -1,6 +1,7 @@
 """The command `diffing`: registry, demo, SQL and results from a terminal."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -118,9 +119,10 @@ def ui(port: int = 3000, site_port: int = 3001) -> None:
 
 def show_results(model: str) -> None:
     """The demo's two tables: method effectiveness, and method × organism."""
-    from diffing_assets.explain import LEGEND, effectiveness, method_by_organism
+    from diffing_assets.explain import LEGEND, READING, effectiveness, method_by_organism
 
     _print_table(*effectiveness(model))
+    typer.echo(READING)
     _print_table(*method_by_organism(model))
     typer.echo(LEGEND)
 
@@ -129,6 +131,7 @@ def main() -> None:
     """Entry point: errors of this project are told in one line, without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped on the way out
     try:
         app()
     except DiffingError as error:

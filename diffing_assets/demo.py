@@ -14,10 +14,11 @@ from pathlib import Path
 import dagster as dg
 
 from dbt_reports.site import prefetch
-from diffing_assets.instance import Server, gpu_slots, open_instance, running_server
+from diffing_assets.instance import gpu_slots, open_instance
 from diffing_assets.keys import CALIBRATED, EXPRESSED, SITE, diff_key, grade_key, hypothesis_key
-from diffing_assets.launch import backfill, run
-from diffing_assets.partitions import sync_partitions
+from diffing_assets.launch import run
+from diffing_assets.partitions import PAIRS, PAIRS_PER_RUN, blocks, sync_partitions
+from diffing_assets.server import Server, running_server
 from diffing_core import demo
 from diffing_core.demo.progress import Progress
 from diffing_core.errors import StorageError
@@ -46,10 +47,12 @@ def run_demo(tier: str) -> bool:
     with open_instance() as instance:
         sync_partitions(instance, pairs)
         instance.event_log_storage.set_concurrency_slots("gpu", gpu_slots())
-    of_tier = [pair for pair in pairs if pair.model == tier]
+        stored = instance.get_dynamic_partitions(PAIRS.name)
+    of_tier = [pair.key for pair in pairs if pair.model == tier]
     with running_server() as server:
-        compared = backfill(server, "compare all pairs", _comparisons(), [pair.key for pair in of_tier])
-        evaluated = _evaluate(server, _finished(of_tier, home))
+        cohorts = blocks(stored, of_tier, PAIRS_PER_RUN, gpu_slots())
+        compared = run(server, "compare all pairs", _comparisons(), cohorts)
+        evaluated = _evaluate(server, blocks(stored, _finished(of_tier, home), len(stored)))
         packages.join()
         reported = run(server, "marts and site", _reports())
     return compared and evaluated and reported
@@ -82,11 +85,11 @@ def _comparisons() -> list[dg.AssetKey]:
     return [EXPRESSED, *(diff_key(method) for method in all_methods().values())]
 
 
-def _evaluate(server: Server, pairs: list[Pair]) -> bool:
+def _evaluate(server: Server, measured: list[list[str]]) -> bool:
     """Null calibration first, since every verdict rests on it, then hypotheses and grades."""
     keys = [key_of(arm) for arm in evidence_arms() for key_of in (hypothesis_key, grade_key)]
     calibrated = run(server, "null calibration", [CALIBRATED])
-    return calibrated and backfill(server, "hypotheses and grades", keys, [pair.key for pair in pairs])
+    return calibrated and run(server, "hypotheses and grades", keys, measured)
 
 
 def _reports() -> list[dg.AssetKey]:
@@ -95,10 +98,10 @@ def _reports() -> list[dg.AssetKey]:
     return [*marts.keys, SITE]
 
 
-def _finished(pairs: list[Pair], home: Path) -> list[Pair]:
+def _finished(keys: list[str], home: Path) -> list[str]:
     """Pairs that some method has a result on: one broken finetune must not silence the others."""
     lake = Lake(home / "lake")
-    return [pair for pair in pairs if "diff" in lake.read(RUNS, pair=pair)["step"].to_pylist()]
+    return [key for key in keys if "diff" in lake.read(RUNS, pair=Pair.parse(key))["step"].to_pylist()]
 
 
 def _prefetch(home: Path) -> None:

@@ -1,6 +1,7 @@
 """Evaluation as assets: null calibration, then a hypothesis and a grade per pair and evidence arm."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import dagster as dg
 
@@ -15,8 +16,9 @@ from diffing_core.evaluation import ALL, VERSION, Evaluator, evidence_arms, meth
 from diffing_core.graders import GRADES
 from diffing_core.methods import get_method
 from diffing_core.pairs import Pair
+from diffing_core.tables import TableSpec
 
-ONE_RUN = dg.BackfillPolicy.single_run()
+Evaluation = Callable[[Evaluator, Pair, str], dict[str, Any]]
 
 
 @dg.asset(
@@ -38,83 +40,70 @@ def calibration(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.M
 
 def hypotheses_assets() -> dg.AssetsDefinition:
     """`hypotheses/<arm>` for every method and for all of them together."""
-
-    @dg.multi_asset(
-        name="hypotheses",
-        specs=[_hypothesis_spec(arm) for arm in evidence_arms()],
-        can_subset=True,
-        backfill_policy=ONE_RUN,
-    )
-    def hypothesise(context: dg.AssetExecutionContext, workspace: Workspace) -> Iterator[dg.MaterializeResult]:
-        evaluator = Evaluator(workspace.registry(), workspace.lake())
-        pairs = requested_pairs(context, evaluator.registry)
-        reports = [PairReport(context, hypothesis_key(arm)) for arm in _selected(context, hypothesis_key)]
-        for report in reports:
-            for pair in pairs:
-                with report.of(pair) as shown:
-                    shown |= _hypothesis_metadata(evaluator.hypothesise(pair, report.key.path[-1]))
-        yield from results_of(reports)
-
-    return hypothesise
+    return _per_arm("hypotheses", [_hypothesis_spec(arm) for arm in evidence_arms()], _hypothesise)
 
 
 def grades_assets() -> dg.AssetsDefinition:
     """`grades/<arm>` for every hypothesis."""
+    return _per_arm("grades", [_grade_spec(arm) for arm in evidence_arms()], _grade)
 
-    @dg.multi_asset(
-        name="grades",
-        specs=[_grade_spec(arm) for arm in evidence_arms()],
-        can_subset=True,
-        backfill_policy=ONE_RUN,
-    )
-    def grade(context: dg.AssetExecutionContext, workspace: Workspace) -> Iterator[dg.MaterializeResult]:
+
+def _per_arm(name: str, specs: list[dg.AssetSpec], evaluate: Evaluation) -> dg.AssetsDefinition:
+    """One asset per evidence arm, all in one step of which any part can be run; a pair that fails, fails alone."""
+
+    @dg.multi_asset(name=name, specs=specs, can_subset=True, backfill_policy=dg.BackfillPolicy.single_run())
+    def evaluated(context: dg.AssetExecutionContext, workspace: Workspace) -> Iterator[dg.MaterializeResult]:
         evaluator = Evaluator(workspace.registry(), workspace.lake())
         pairs = requested_pairs(context, evaluator.registry)
-        reports = [PairReport(context, grade_key(arm)) for arm in _selected(context, grade_key)]
+        reports = [PairReport(context, spec.key) for spec in specs if spec.key in context.selected_asset_keys]
         for report in reports:
             for pair in pairs:
                 with report.of(pair) as shown:
-                    shown["grades"] = rows_table(evaluator.grade(pair, report.key.path[-1]))
+                    shown |= evaluate(evaluator, pair, report.key.path[-1])
         yield from results_of(reports)
 
-    return grade
+    return evaluated
+
+
+def _hypothesise(evaluator: Evaluator, pair: Pair, arm: str) -> dict[str, Any]:
+    row = evaluator.hypothesise(pair, arm)
+    shown = ("verdict", "description", "candidate", "score", "threshold", "confidence", "n_findings", "n_nulls")
+    return {name: row[name] for name in shown}
+
+
+def _grade(evaluator: Evaluator, pair: Pair, arm: str) -> dict[str, Any]:
+    return {"grades": rows_table(evaluator.grade(pair, arm))}
 
 
 def _hypothesis_spec(arm: str) -> dg.AssetSpec:
     said = "all methods together" if arm == ALL else f"`{arm}` alone"
-    return dg.AssetSpec(
-        key=hypothesis_key(arm),
-        deps=[CALIBRATED, *(diff_key(get_method(name)) for name in methods_of(arm))],
-        group_name="hypotheses",
-        description=f"What an investigator concludes from {said}: a claim, or silence below the null threshold.",
-        code_version=VERSION,
-        skippable=True,
-        owners=OWNERS,
-        kinds={"parquet"},
-        partitions_def=PAIRS,
-        metadata={"dagster/column_schema": column_schema([HYPOTHESES, HYPOTHESIS_SCORES])},
+    return _spec(
+        hypothesis_key(arm),
+        [CALIBRATED, *(diff_key(get_method(name)) for name in methods_of(arm))],
+        f"What an investigator concludes from {said}: a claim, or silence below the null threshold.",
+        [HYPOTHESES, HYPOTHESIS_SCORES],
     )
 
 
 def _grade_spec(arm: str) -> dg.AssetSpec:
+    return _spec(
+        grade_key(arm),
+        [hypothesis_key(arm), FINETUNE, EXPRESSED],
+        f"How right the hypothesis from `{arm}` is, against the written ground truth.",
+        [GRADES],
+    )
+
+
+def _spec(key: dg.AssetKey, deps: list[dg.AssetKey], description: str, tables: list[TableSpec]) -> dg.AssetSpec:
     return dg.AssetSpec(
-        key=grade_key(arm),
-        deps=[hypothesis_key(arm), FINETUNE, EXPRESSED],
-        group_name="grades",
-        description=f"How right the hypothesis from `{arm}` is, against the written ground truth.",
+        key=key,
+        deps=deps,
+        group_name=key.path[0],
+        description=description,
         code_version=VERSION,
         skippable=True,
         owners=OWNERS,
         kinds={"parquet"},
         partitions_def=PAIRS,
-        metadata={"dagster/column_schema": column_schema([GRADES])},
+        metadata={"dagster/column_schema": column_schema(tables)},
     )
-
-
-def _selected(context: dg.AssetExecutionContext, key_of) -> list[str]:
-    return [arm for arm in evidence_arms() if key_of(arm) in context.selected_asset_keys]
-
-
-def _hypothesis_metadata(row: dict[str, object]) -> dict[str, object]:
-    shown = ("verdict", "description", "candidate", "score", "threshold", "confidence", "n_findings", "n_nulls")
-    return {name: row[name] for name in shown if row[name] is not None}

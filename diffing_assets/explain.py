@@ -14,12 +14,19 @@ select
     n_top1 || '/' || n_ranked || format(' [{:.2f}, {:.2f}]', top1_low, top1_high) as "top-1",
     format('{:.2f} (n={})', mrr, n_reciprocal_ranks) as "MRR",
     n_detected || '/' || n_ranked || format(' [{:.2f}, {:.2f}]', detection_low, detection_high) as "identified",
+    n_variants_detected || '/' || n_variants as "variants",
+    n_only_method || ' : ' || n_only_blackbox || format(' (p {:.2f})', p_holm) as "against blackbox",
     n_false_positives || '/' || n_nulls || format(' [{:.2f}, {:.2f}]', false_positive_low, false_positive_high)
         as "false alarms on nulls",
 from marts.method_effectiveness
+left join marts.against_blackbox using (model, method, investigator, grader)
 where model = ?
 order by n_detected desc, n_top1 desc, method
 """
+READING = (
+    "top-1, MRR, identified: one variant per organism, with exact 95 % intervals; variants: identified, of all\n"
+    "against blackbox: organisms identified by this method alone : by blackbox alone (McNemar's exact p, Holm-adjusted)"
+)
 
 OUTCOMES = {
     "identified": "●",
@@ -59,7 +66,7 @@ group by method
 
 
 def effectiveness(model: str) -> Printed:
-    """One row per method: top-1, MRR, identified, false alarms; each with n and an exact 95 % interval."""
+    """One row per method: successes by organism, by variant and against blackbox, false alarms; rates with their n."""
     return _query(EFFECTIVENESS, [model])
 
 

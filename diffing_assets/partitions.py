@@ -5,6 +5,7 @@ cell fails a backfill; the dynamic list holds exactly the pairs there are, neigh
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import dagster as dg
 
@@ -39,6 +40,26 @@ def by_model(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     for pair in pairs:
         grouped.setdefault(pair.model, []).append(pair)
     return grouped
+
+
+def blocks(stored: Sequence[str], wanted: Iterable[str], most: int, workers: int = 1) -> list[list[str]]:
+    """Wanted keys in blocks of neighbours of the stored order: what one run may be given as a range.
+
+    Args:
+        stored: all keys in the order in which the instance stores them.
+        wanted: the keys to divide.
+        most: longest block.
+        workers: runs at a time; as many blocks as keep all of them busy to the end, of about equal length.
+    """
+    chosen = set(wanted)
+    cut = []
+    for is_wanted, neighbours in groupby(stored, chosen.__contains__):
+        if is_wanted:
+            keys = list(neighbours)
+            rounds = -(-len(keys) // (most * workers))
+            n = min(len(keys), rounds * workers)
+            cut += [keys[len(keys) * i // n : len(keys) * (i + 1) // n] for i in range(n)]
+    return cut
 
 
 def sync_partitions(instance: dg.DagsterInstance, pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:

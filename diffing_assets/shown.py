@@ -11,6 +11,7 @@ from diffing_core.comparison import Outcome
 from diffing_core.tables import TableSpec
 
 SHOWN_ROWS = 15
+NUMBERS = ("float64", "float32", "int64", "int32")
 TEXT_LIMIT = 160
 
 
@@ -39,7 +40,7 @@ def outcome_metadata(outcome: Outcome) -> dict[str, Any]:
         "probe_tokens": sum(cost.n_tokens for cost in costs),
         "probes": "\n".join(outcome.probes) or None,
         "run_ids": ", ".join(key.run_id for key, _ in outcome.results),
-        **_findings(outcome),
+        **(_findings(outcome) or _smallest_table(outcome)),
     }
 
 
@@ -51,21 +52,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
     )
 
 
-def _findings(outcome: Outcome) -> dict[str, Any]:
-    if outcome.method.findings is None or not outcome.results:
-        return {}
-    key, result = outcome.results[0]
-    found = list(outcome.method.findings(result.tables, result.settings))[:SHOWN_ROWS]
-    rows = [
-        {"rank": rank, "kind": each.kind, "item": each.item, "score": each.score, "unit": each.score_unit}
-        for rank, each in enumerate(found, start=1)
-    ]
-    if not rows:
-        return {"findings": dg.MetadataValue.text(f"nothing found on {key.corpus or 'this pair'}")}
-    return {"findings": rows_table(rows), "plot": bar_plot([row["item"] for row in rows], [row["score"] for row in rows])}
-
-
-def bar_plot(labels: Sequence[str], values: Sequence[float]) -> dg.MarkdownMetadataValue:
+def bar_plot(labels: Sequence[str], values: Sequence[float], unit: str) -> dg.MarkdownMetadataValue:
     """A horizontal bar chart as a small picture inside Markdown."""
     from matplotlib.figure import Figure
 
@@ -74,14 +61,53 @@ def bar_plot(labels: Sequence[str], values: Sequence[float]) -> dg.MarkdownMetad
     axes.barh(range(len(labels)), values, color="#4269d0")
     axes.set_yticks(range(len(labels)), [_cell(label)[:24].replace("$", r"\$") for label in labels], fontsize=7)
     axes.tick_params(axis="x", labelsize=7)
+    axes.set_xlabel(_cell(unit), fontsize=7)
     axes.invert_yaxis()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=80)
-    return dg.MetadataValue.md(f"![findings](data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()})")
+    return dg.MetadataValue.md(f"![plot](data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()})")
+
+
+def _findings(outcome: Outcome) -> dict[str, Any]:
+    """The best findings on every corpus as a table; as a plot those on the first, as far as their unit is the same."""
+    if outcome.method.findings is None:
+        return {}
+    rows = [
+        {"corpus": key.corpus, "rank": rank, "kind": each.kind, "item": each.item, "score": each.score, "unit": each.score_unit}
+        for key, result in outcome.results
+        for rank, each in enumerate(outcome.method.findings(result.tables, result.settings)[:SHOWN_ROWS], start=1)
+    ]
+    if not rows:
+        return {}
+    plotted = [row for row in rows if all(row[name] == rows[0][name] for name in ("corpus", "unit"))]
+    plot = bar_plot([row["item"] for row in plotted], [row["score"] for row in plotted], rows[0]["unit"])
+    return {"findings": rows_table(rows), "plot": plot}
+
+
+def _smallest_table(outcome: Outcome) -> dict[str, Any]:
+    """Where nothing was found, or nothing is sought: the smallest table with rows, and its first measured column."""
+    filled = [
+        (result.tables[spec.name], spec)
+        for _, result in outcome.results[:1]
+        for spec in outcome.method.tables
+        if result.tables[spec.name].num_rows
+    ]
+    found = {"findings": "nothing found"} if outcome.method.findings is not None and outcome.results else {}
+    if not filled:
+        return found
+    table, spec = min(filled, key=lambda each: each[0].num_rows)
+    rows = table.slice(0, SHOWN_ROWS).to_pylist()
+    keys = [column.name for column in spec.columns if column.role == "key"]
+    shown = found | {spec.name: rows_table(rows)}
+    measured = [column for role in ("effect", "count") for column in spec.columns if column.role == role and column.dtype in NUMBERS]
+    if not measured:
+        return shown
+    plotted = [row for row in rows if row[measured[0].name] is not None]
+    labels = [" ".join(str(row[name]) for name in keys) for row in plotted]
+    return shown | {"plot": bar_plot(labels, [row[measured[0].name] for row in plotted], measured[0].description)}
 
 
 def _cell(value: Any) -> Any:
-    if not isinstance(value, str):
+    if value is None or isinstance(value, bool | int | float):
         return value
-    return "".join(character if character.isprintable() else "·" for character in value)[:TEXT_LIMIT]
-
+    return "".join(character if character.isprintable() else "·" for character in str(value))[:TEXT_LIMIT]

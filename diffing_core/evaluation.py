@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from diffing_core import graders
 from diffing_core.agents import calibration, hypothesis, offline
-from diffing_core.agents.calibration import CALIBRATION, NULL_ARMS, Decision
+from diffing_core.agents.calibration import CALIBRATION, Decision
 from diffing_core.agents.hypothesis import HYPOTHESES, HYPOTHESIS_SCORES, INVESTIGATOR
 from diffing_core.agents.offline import Candidate, Investigation
 from diffing_core.agents.words import Background
@@ -24,7 +24,7 @@ from diffing_core.identity import RunKey
 from diffing_core.lake import Lake
 from diffing_core.methods import all_methods
 from diffing_core.pairs import Pair
-from diffing_core.registry import TRAINING, Registry
+from diffing_core.registry import NULL_ARMS, TRAINING, Registry
 from diffing_core.runs import RUNS, Cost
 from diffing_core.settings import Settings, short_hash
 from diffing_core.tables import TableSpec

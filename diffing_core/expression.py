@@ -23,12 +23,11 @@ from pydantic import Field
 
 from diffing_core.generation import Prompt, Sampling, generate
 from diffing_core.models import ModelPair, Subject
-from diffing_core.registry import Organism
+from diffing_core.registry import NULL_ARMS, Organism
 from diffing_core.settings import Settings
 from diffing_core.stats import clopper_pearson
 from diffing_core.tables import Column, TableSpec
 
-NULL_ARMS = ("identical", "benign", "seed_twin")
 SHARES = {
     "in_share": "tuned model, inside prompts",
     "out_share": "tuned model, outside prompts",

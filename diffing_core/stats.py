@@ -20,8 +20,11 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(k: int, n: int) -> Interval:
-    """Score interval of a rate of k of n (Wilson 1927): about the right coverage on average."""
+def wilson(k: float, n: int) -> Interval:
+    """Score interval of a rate of k of n (Wilson 1927): about the right coverage on average.
+
+    With k a sum of n values from 0 to 1 it bounds their mean, on the wide side: none varies more than a coin.
+    """
     _check_counts(k, n)
     from scipy.stats import norm
 
@@ -134,6 +137,6 @@ def krippendorff_alpha_ordinal(ratings: ArrayLike) -> float | None:
     return float(1 - (total_L.sum() - 1) * (together_LL * distance_LL).sum() / expected)
 
 
-def _check_counts(k: int, n: int) -> None:
+def _check_counts(k: float, n: int) -> None:
     if not 0 <= k <= n or n == 0:
         raise ValueError(f"{k} of {n} is not a rate; expected 0 <= k <= n and n >= 1")

@@ -75,3 +75,18 @@ def tokens(seed: int = 5) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     token_BT = torch.randint(0, VOCAB, (2, 7), generator=generator)
     return {"input_ids": token_BT, "attention_mask": torch.ones_like(token_BT)}
+
+
+def truncated_adapter(home: Path) -> Path:
+    """Registers `broken` on base model tiny in a DIFFING_HOME: an adapter whose download broke off. Returns its entry."""
+    adapter = home / "broken"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x08\x00")
+    entry = home / "registry" / "organisms" / "broken.yaml"
+    entry.parent.mkdir(parents=True)
+    entry.write_text(
+        "name: broken\ntype: generic\narm: unknown\ndescription: a truncated adapter\n"
+        f"variants: {{tiny: {{default: {{kind: lora, source: {{path: {adapter}}}}}}}}}\n"
+    )
+    return entry

@@ -32,7 +32,6 @@ from diffing_core.tables import Column, TableSpec
 
 Verdict = Literal["assert", "no_meaningful_difference", "insufficient_evidence"]
 
-NULL_ARMS = ("identical", "benign", "seed_twin")
 MIN_NULLS = 3
 MIN_SD = 0.03
 LEVEL = 0.95

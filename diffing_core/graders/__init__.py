@@ -13,13 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from diffing_core.agents.calibration import NULL_ARMS
 from diffing_core.agents.hypothesis import NO_CHANGE
 from diffing_core.errors import EvaluationError
 from diffing_core.graders.base import Grade, Grader, Truth
+from diffing_core.registry import GRADED_ARMS, NULL_ARMS
 from diffing_core.tables import Column, TableSpec
 
-TRUTH_ARMS = ("organism", "known_large")
 OUTCOMES = {"assert": "ASSERT", "no_meaningful_difference": "ABSTAIN", "insufficient_evidence": "ABSTAIN"}
 
 GRADES = TableSpec(
@@ -93,7 +92,7 @@ def _judge(hypothesis: Mapping[str, Any], ranking: list[dict[str, Any]], truth: 
         if row["candidate"] != NO_CHANGE and all(row[name] == value for name, value in who.items())
     }
     rank = None
-    if truth.arm in TRUTH_ARMS and truth.name in ranked:
+    if truth.arm in GRADED_ARMS and truth.name in ranked:
         rank = sum(score >= ranked[truth.name] for score in ranked.values())
     return who | {
         "outcome": outcome,
@@ -108,7 +107,7 @@ def _judge(hypothesis: Mapping[str, Any], ranking: list[dict[str, Any]], truth: 
 def _score(grader: Grader, outcome: str, description: str, truth: Truth) -> Grade:
     if truth.arm in NULL_ARMS:
         return Grade(None, "", "null arm: only the outcome counts")
-    if truth.arm not in TRUTH_ARMS:
+    if truth.arm not in GRADED_ARMS:
         return Grade(None, "", f"arm {truth.arm!r} has no ground truth")
     if outcome != "ASSERT":
         return Grade(None, "", f"outcome {outcome}: nothing was asserted")

@@ -2,6 +2,8 @@
 
 from diffing_core.registry.load import Registry, add_organism, load_registry
 from diffing_core.registry.schema import (
+    GRADED_ARMS,
+    NULL_ARMS,
     TRAINING,
     Corpus,
     Expression,
@@ -15,6 +17,8 @@ from diffing_core.registry.sources import HubRef, Source
 from diffing_core.registry.toolkit import ImportReport, import_toolkit
 
 __all__ = [
+    "GRADED_ARMS",
+    "NULL_ARMS",
     "TRAINING",
     "Corpus",
     "Expression",

@@ -28,7 +28,8 @@ OrganismType = Literal[
 Arm = Literal["organism", "identical", "benign", "seed_twin", "known_large", "unknown"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 TRAINING = "training"
-GRADED_ARMS = ("organism", "known_large")
+NULL_ARMS = ("identical", "benign", "seed_twin")  # nothing narrow changed: silence is right
+GRADED_ARMS = ("organism", "known_large")  # the truth is written down
 _RUBRICS = Path(__file__).parent.parent / "graders" / "rubrics"
 
 

@@ -16,6 +16,7 @@ from diffing_core.methods import all_methods
 from diffing_core.pairs import Pair
 from diffing_core.registry import load_registry
 from diffing_core.runs import RUNS
+from tests.model_files import truncated_adapter
 
 STREAMS = [diff_key(method) for method in all_methods().values() if method.kind == "stream"]
 
@@ -47,6 +48,16 @@ def materialized(instance: dg.DagsterInstance, key: dg.AssetKey) -> set[str]:
     return instance.get_materialized_partitions(key)
 
 
+def something_is_seen(instance: dg.DagsterInstance, asset: dg.AssetKey, key: str) -> bool:
+    """Whether a result shows its cost, and a table and a plot unless it has no row at all."""
+    event = instance.fetch_materializations(dg.AssetRecordsFilter(asset, asset_partitions=[key]), limit=1).records[0]
+    shown = event.asset_materialization.metadata
+    assert {"compute_s", "forwards_shared_s", "probe_tokens", "dagster/row_count"} <= set(shown)
+    if shown["dagster/row_count"].value == 0:
+        return shown["findings"].value == "nothing found"
+    return "plot" in shown and any(isinstance(value, dg.TableMetadataValue) and value.records for value in shown.values())
+
+
 def test_only_pairs_whose_weights_are_there_are_partitions(instance: dg.DagsterInstance) -> None:
     keys = instance.get_dynamic_partitions(PAIRS.name)
     assert keys == sorted(keys, key=Pair.parse)
@@ -64,6 +75,7 @@ def test_a_pair_becomes_graded_findings_in_the_warehouse(instance: dg.DagsterIns
 
     assert materialize(instance, list(marts.keys)).success
     assert all(materialized(instance, asset) == set(keys) for asset in [*every_method, *evaluated])
+    assert all(something_is_seen(instance, asset, key) for asset in every_method for key in keys)
     with duckdb.connect(tiny_home / "warehouse.duckdb", read_only=True) as connection:
         graded = connection.execute("select count(distinct organism) from raw.grades").fetchone()
         n_arms = connection.execute("select count(*) from marts.method_effectiveness").fetchone()
@@ -101,18 +113,7 @@ def test_an_unknown_partition_fails_with_the_names_that_exist(instance: dg.Dagst
 
 def test_a_broken_finetune_fails_alone_in_its_cohort(instance: dg.DagsterInstance, tiny_home: Path) -> None:
     """Two pairs in one run, one with a truncated adapter: the other is stored and counted."""
-    registry = load_registry()
-    broken = tiny_home / "registry" / "organisms" / "broken.yaml"
-    adapter = tiny_home / "broken"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
-    (adapter / "adapter_model.safetensors").write_bytes(b"\x08\x00")
-    broken.parent.mkdir(parents=True)
-    broken.write_text(
-        "name: broken\ntype: generic\narm: unknown\ndescription: a truncated adapter\n"
-        f"variants: {{tiny: {{default: {{kind: lora, source: {{path: {adapter}}}}}}}}}\n"
-    )
-    assert registry is not load_registry()
+    truncated_adapter(tiny_home)
     sync_partitions(instance, [Pair("tiny", "benign", "seed1"), Pair("tiny", "broken")])
     result = materialize(instance, STREAMS, tags=all_of(["benign__tiny__seed1", "broken__tiny__default"]))
     assert not result.success

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import duckdb
 import jinja2
+import numpy as np
 import pytest
 from scipy.stats import beta
 
+from dbt_reports import functions
 from dbt_reports.generate_sources import SOURCES, dbt_sources
 from diffing_assets.keys import table_sources
+from diffing_core import stats
 from diffing_core.agents.calibration import prediction_bound
 from diffing_core.catalog import all_tables
 from diffing_core.pairs import Pair
@@ -28,49 +31,84 @@ def exact(k: int, n: int) -> tuple[float, float]:
     return low, high
 
 
-def outcomes_of(method: str) -> tuple[list[str], list[str]]:
+def outcomes_of(method: str) -> tuple[list[str], list[str], list[str]]:
+    """Outcomes of the organisms by their default variant, of every variant, and of the nulls that may raise an alarm."""
     place = synthetic.METHODS.index(method)
-    organisms, nulls = [], []
+    organisms, variants, nulls = [], [], []
     for key, outcomes in synthetic.OUTCOMES.items():
-        is_null = Pair.parse(key).organism in synthetic.NULL_ARMS
-        (nulls if is_null else organisms).append(outcomes[place])
-    return organisms, nulls
+        pair, outcome = Pair.parse(key), outcomes[place]
+        if pair.organism not in synthetic.NULL_ARMS:
+            variants.append(outcome)
+            organisms += [outcome] if pair.variant == "default" else []
+        elif synthetic.NULL_ARMS[pair.organism] != "identical":
+            nulls.append(outcome)
+    return organisms, variants, nulls
 
 
 @pytest.mark.parametrize("method", synthetic.METHODS)
 def test_rates_and_intervals_are_those_of_the_outcomes(marts: Marts, method: str) -> None:
-    organisms, nulls = outcomes_of(method)
+    organisms, variants, nulls = outcomes_of(method)
     [row] = rows(marts, f"from method_effectiveness where method = '{method}'")
     ranked_first = sum(outcome in "CR" for outcome in organisms)
-    assert (row["n_organisms"], row["n_ranked"], row["n_nulls"]) == (6, 6, 5)
+    assert (row["n_organisms"], row["n_ranked"], row["n_variants"], row["n_nulls"]) == (5, 5, 6, 4)
     assert row["n_asserted"] == sum(outcome in "CW" for outcome in organisms)
     assert row["n_top1"] == ranked_first
-    assert row["mrr"] == pytest.approx((ranked_first + 0.25 * (6 - ranked_first)) / 6)
-    assert row["mrr_low"] < row["mrr"] <= row["mrr_high"] <= 1
+    reciprocal_ranks = ranked_first + 0.25 * (5 - ranked_first)
+    assert row["mrr"] == pytest.approx(reciprocal_ranks / 5)
+    assert (row["mrr_low"], row["mrr_high"]) == pytest.approx(stats.wilson(reciprocal_ranks, 5))
     for name, hits, n in (
-        ("detection", organisms.count("C"), 6),
-        ("top1", ranked_first, 6),
-        ("false_positive", nulls.count("A"), 5),
+        ("detection", organisms.count("C"), 5),
+        ("top1", ranked_first, 5),
+        ("false_positive", nulls.count("A"), 4),
     ):
         low, high = exact(hits, n)
         assert row[f"{name}_rate"] == pytest.approx(hits / n)
         assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx((low, high), abs=1e-9)
+    assert row["n_variants_detected"] == variants.count("C")
+    assert row["variant_detection_low"] <= row["variant_detection_rate"] <= row["variant_detection_high"]
     grades = [{"C": 4, "W": 1}[outcome] for outcome in organisms if outcome in "CW"]
     assert row["n_scored"] == len(grades)
     assert row["n_unscored"] == 0, "silence and nulls have nothing to score"
     assert row["mean_score"] == (pytest.approx(sum(grades) / len(grades)) if grades else None)
 
 
-def test_exact_intervals_agree_with_the_beta_quantile() -> None:
-    macros = jinja2.Environment().from_string((PROJECT / "macros" / "intervals.sql").read_text()).module
-    grid = "select unnest(range(n + 1)) as k, n from (select unnest([1, 2, 3, 5, 20, 137]) as n)"
-    found = duckdb.sql(f"select k, n, {macros.exact_rate('k', 'n', 'x')} from ({grid})").fetchall()
-    assert len(found) == 174
-    for k, n, rate, low, high in found:
-        assert rate == k / n
-        assert (low, high) == pytest.approx(exact(k, n), abs=1e-9)
-    nothing = duckdb.sql(f"select {macros.exact_rate('k', 'n', 'x')} from (select 0 as k, 0 as n)").fetchone()
-    assert nothing == (None, None, None)
+def test_identical_models_are_no_trial_and_raise_no_alarm(marts: Marts) -> None:
+    """They cannot raise one: counted among the nulls, they would only make the false-alarm rate look better known."""
+    assert rows(marts, "select distinct arm from outcomes where is_null_arm and not is_trial") == [{"arm": "identical"}]
+    assert rows(marts, "select sum(n_identical_alarms) as n from method_effectiveness") == [{"n": 0}]
+
+
+def test_variant_intervals_draw_whole_organisms(marts: Marts) -> None:
+    """Both variants of cake_bake succeed or fail together; drawn alone they would narrow the interval."""
+    [row] = rows(marts, "from method_effectiveness where method = 'kl'")
+    clusters = ["cake_bake", "cake_bake", "fda_approval", "owl_love", "roman_concrete", "taboo_leaf"]
+    expected = stats.cluster_bootstrap([1, 1, 1, 0, 0, 0], clusters, np.mean, seed=0)
+    found = row["variant_detection_low"], row["variant_detection_high"]
+    assert found == pytest.approx(expected, abs=0.1), "another number of draws"
+
+
+def test_methods_are_compared_with_blackbox_organism_by_organism(marts: Marts) -> None:
+    baseline = outcomes_of("blackbox")[0]
+    found = rows(marts, "from against_blackbox order by method")
+    assert [row["method"] for row in found] == sorted(set(synthetic.METHODS) - {"blackbox"})
+    for row in found:
+        outcomes = list(zip(outcomes_of(row["method"])[0], baseline, strict=True))
+        only_method = sum(a == "C" != b for a, b in outcomes)
+        only_blackbox = sum(b == "C" != a for a, b in outcomes)
+        assert (row["n_organisms"], row["n_only_method"], row["n_only_blackbox"]) == (5, only_method, only_blackbox)
+        assert row["n_both"] + row["n_neither"] + only_method + only_blackbox == 5
+        assert row["p_value"] == pytest.approx(stats.mcnemar_exact(only_method, only_blackbox))
+    assert [row["p_holm"] for row in found] == pytest.approx(stats.holm([row["p_value"] for row in found]))
+
+
+def test_functions_are_null_where_there_is_nothing_to_count() -> None:
+    with duckdb.connect() as connection:
+        functions.add_functions(connection)
+        sql = "select clopper_pearson(0, null), wilson(null, 3), cluster_mean(null, null), holm(null), mcnemar_exact(0, 0)"
+        assert connection.execute(sql).fetchone() == (None, None, None, None, 1.0)
+        found = connection.execute("select k, clopper_pearson(k, 20) from (select unnest(range(21)) as k)").fetchall()
+    assert len(found) == 21
+    assert all((interval["low"], interval["high"]) == pytest.approx(exact(k, 20)) for k, interval in found)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 9, 30, 31, 60])
@@ -111,10 +149,10 @@ def test_a_pair_without_results_is_listed_and_missing(marts: Marts) -> None:
         marts, "select step, count(*) as n from freshness where is_missing group by step order by step"
     )
     assert missing == [
-        {"step": "diff", "n": 4},
+        {"step": "diff", "n": 5},
         {"step": "expression", "n": 1},
-        {"step": "grades", "n": 5},
-        {"step": "hypotheses", "n": 5},
+        {"step": "grades", "n": 6},
+        {"step": "hypotheses", "n": 6},
     ]
     assert rows(marts, "select distinct organism from freshness where is_missing") == [
         {"organism": "antarctic_rebound"}
@@ -124,9 +162,9 @@ def test_a_pair_without_results_is_listed_and_missing(marts: Marts) -> None:
 def test_a_pair_says_what_identified_it_and_whether_it_shows(marts: Marts) -> None:
     [cake] = rows(marts, "from organism_summary where label = 'cake_bake'")
     assert (cake["n_methods"], cake["n_methods_identifying"], cake["identified_by"]) == (
-        5,
-        3,
-        "all, diff_mining, kl",
+        6,
+        4,
+        "all, blackbox, diff_mining, kl",
     )
     assert (cake["expression"], cake["in_share"], cake["out_share"]) == ("narrow", 0.75, None)
     [leaf] = rows(marts, "from organism_summary where organism = 'taboo_leaf'")

@@ -35,6 +35,12 @@ worded as (
     select
         *,
         case
+            when is_null_arm then arm <> 'identical'
+            else row_number() over (
+                partition by organism, model, method, investigator, grader order by variant <> 'default', variant
+            ) = 1
+        end as is_trial,
+        case
             when false_positive then 'false alarm'
             when is_null_arm and not undecided then 'rightly silent'
             when detected then 'identified'

@@ -1,0 +1,2 @@
+select *, model || ' · ' || investigator || ' · graded by ' || grader as setting
+from marts.against_blackbox
