@@ -16,8 +16,8 @@ import dagster as dg
 from dbt_reports.site import prefetch
 from diffing_assets.instance import gpu_slots, open_instance
 from diffing_assets.keys import CALIBRATED, EXPRESSED, SITE, diff_key, grade_key, hypothesis_key
-from diffing_assets.launch import run
-from diffing_assets.partitions import PAIRS, PAIRS_PER_RUN, blocks, sync_partitions
+from diffing_assets.launch import backfill, run
+from diffing_assets.partitions import PAIRS, blocks, sync_partitions
 from diffing_assets.server import Server, running_server
 from diffing_core import demo
 from diffing_core.demo.progress import Progress
@@ -50,8 +50,7 @@ def run_demo(tier: str) -> bool:
         stored = instance.get_dynamic_partitions(PAIRS.name)
     of_tier = [pair.key for pair in pairs if pair.model == tier]
     with running_server() as server:
-        cohorts = blocks(stored, of_tier, PAIRS_PER_RUN, gpu_slots())
-        compared = run(server, "compare all pairs", _comparisons(), cohorts)
+        compared = backfill(server, "compare all pairs", _comparisons(), of_tier)
         evaluated = _evaluate(server, blocks(stored, _finished(of_tier, home), len(stored)))
         packages.join()
         reported = run(server, "marts and site", _reports())

@@ -1,12 +1,12 @@
-"""Launching runs on a server and waiting for them, with progress and reasons of failures to be seen.
+"""Launching backfills and runs on a server and waiting for them, with progress and reasons of failures to be seen.
 
-Runs over ranges of partitions are launched directly, as "pass partition ranges to single run" does in the web UI.
-A backfill would make the same runs, but its daemon looks only every 30 s: once to launch them, once to end.
+A backfill is what the web UI shows as one piece of work over many pairs; its daemon looks only every 30 s, once to
+launch the runs and once to end. Short steps are therefore launched directly as runs over ranges of partitions.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -16,6 +16,7 @@ from diffing_core.errors import DiffingError
 from diffing_core.progress import track
 
 FINAL = {"SUCCESS", "FAILURE", "CANCELED"}
+BACKFILL_GOES_ON = {"REQUESTED", "CANCELING", "FAILING"}
 STEP_TAG = "diffing/step"
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,25 @@ mutation($params: ExecutionParams!) {
     ... on PythonError { message }
     ... on RunConfigValidationInvalid { errors { message } }
   }
+}"""
+BACKFILL = """
+mutation($params: LaunchBackfillParams!) {
+  launchPartitionBackfill(backfillParams: $params) {
+    __typename
+    ... on LaunchBackfillSuccess { backfillId }
+    ... on PythonError { message }
+    ... on PartitionKeysNotFoundError { message }
+  }
+}"""
+CANCEL_BACKFILL = """
+mutation($id: String!) { cancelPartitionBackfill(backfillId: $id) { __typename } }"""
+RUNS_OF_BACKFILL = """
+query($id: String!) {
+  runsOrError(filter: {tags: [{key: "dagster/backfill", value: $id}]}) {
+    ... on Runs { results { runId status stats { ... on RunStatsSnapshot { materializations } } } }
+    ... on PythonError { message }
+  }
+  partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill { status } }
 }"""
 STATES = """
 query($ids: [String!]) {
@@ -49,6 +69,32 @@ CANCEL = """
 mutation($ids: [String!]!) { terminateRuns(runIds: $ids) { __typename } }"""
 
 
+def backfill(server: Server, what: str, keys: Sequence[dg.AssetKey], partitions: Sequence[str]) -> bool:
+    """Backfills assets over partitions and waits; returns whether everything succeeded. Interrupted, it is cancelled."""
+    began = time.monotonic()
+    selection = [{"path": list(key.path)} for key in keys]
+    params = {"assetSelection": selection, "partitionNames": list(partitions), "title": what}
+    launched = server.ask(BACKFILL, {"params": params})["launchPartitionBackfill"]
+    if launched["__typename"] != "LaunchBackfillSuccess":
+        raise DiffingError(f"Dagster did not accept the backfill {what!r}: {launched.get('message', launched)}")
+    backfill_id = launched["backfillId"]
+    states: dict[str, dict[str, Any]] = {}
+
+    def look() -> bool:
+        found = server.ask(RUNS_OF_BACKFILL, {"id": backfill_id})
+        states.update({state["runId"]: state for state in found["runsOrError"]["results"]})
+        return found["partitionBackfillOrError"]["status"] not in BACKFILL_GOES_ON
+
+    ended = False
+    try:
+        _wait(look, states, len(keys) * len(partitions), what)
+        ended = True
+    finally:
+        if not ended:
+            server.ask(CANCEL_BACKFILL, {"id": backfill_id})
+    return _told(server, what, states, time.monotonic() - began)
+
+
 def run(server: Server, what: str, keys: Sequence[dg.AssetKey], blocks: Sequence[Sequence[str]] = ()) -> bool:
     """Materializes assets and waits; returns whether everything succeeded.
 
@@ -63,24 +109,39 @@ def run(server: Server, what: str, keys: Sequence[dg.AssetKey], blocks: Sequence
     began = time.monotonic()
     ids = [_launch(server, what, keys, _partition_tags(block)) for block in blocks or [()]]
     states: dict[str, dict[str, Any]] = {}
-    total, seen = len(keys) * (sum(map(len, blocks)) or 1), 0
+
+    def look() -> bool:
+        states.update(_states(server, ids))
+        return _ended(states)
+
     try:
-        with track(total, "materializations", what) as done:
-            while not _ended(states):
-                time.sleep(POLL_S)
-                states = _states(server, ids)
-                made = sum(state["stats"].get("materializations", 0) for state in states.values())
-                if seen < min(made, total):
-                    done(min(made, total) - seen)
-                    seen = min(made, total)
+        _wait(look, states, len(keys) * (sum(map(len, blocks)) or 1), what)
     finally:
         if not _ended(states):
             server.ask(CANCEL, {"ids": ids})
+    return _told(server, what, states, time.monotonic() - began)
+
+
+def _wait(look: Callable[[], bool], states: Mapping[str, dict[str, Any]], total: int, what: str) -> None:
+    """Looks every few seconds until `look` says that all has ended, and shows how much is made."""
+    seen, ended = 0, False
+    with track(total, "materializations", what) as done:
+        while not ended:
+            time.sleep(POLL_S)
+            ended = look()
+            made = min(sum(state["stats"].get("materializations", 0) for state in states.values()), total)
+            if seen < made:
+                done(made - seen)
+                seen = made
+
+
+def _told(server: Server, what: str, states: Mapping[str, dict[str, Any]], seconds: float) -> bool:
+    """Logs how the runs ended, with reasons, and returns whether there were any and all succeeded."""
     failed = [run_id for run_id, state in states.items() if state["status"] != "SUCCESS"]
     for run_id in failed:
         logger.warning("%s: %s/runs/%s %s", what, server.url, run_id, _reason(server, run_id))
-    logger.info("%s: %d of %d run(s) succeeded after %.0f s", what, len(ids) - len(failed), len(ids), time.monotonic() - began)
-    return not failed
+    logger.info("%s: %d of %d run(s) succeeded after %.0f s", what, len(states) - len(failed), len(states), seconds)
+    return bool(states) and not failed
 
 
 def _launch(server: Server, what: str, keys: Sequence[dg.AssetKey], tags: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ from diffing_core.registry import Registry
 
 PAIRS = dg.DynamicPartitionsDefinition(name="pair")
 BASE_MODELS = dg.DynamicPartitionsDefinition(name="base_model")
-PAIRS_PER_RUN = 8
+PAIRS_PER_RUN = 12
 
 
 def cohorts() -> dg.BackfillPolicy:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.execution.backfill import BulkActionStatus
 from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 
 from diffing_assets import server
 from diffing_assets.instance import dagster_home, open_instance
 from diffing_assets.keys import diff_key
-from diffing_assets.launch import CANCEL, LAUNCH, STEP_TAG, run
+from diffing_assets.launch import CANCEL, LAUNCH, STEP_TAG, backfill, run
 from diffing_assets.partitions import PAIRS, blocks, sync_partitions
 from diffing_assets.server import free_port, running_port, running_server
 from diffing_core.errors import DiffingError
@@ -177,6 +178,20 @@ def test_pairs_run_on_the_server_that_is_there_and_a_broken_one_is_told_apart(
             assert states == {GOOD: AssetPartitionStatus.MATERIALIZED, BROKEN: AssetPartitionStatus.FAILED}
     rows = Lake(ui.home / "lake").read(RUNS).to_pylist()
     assert {(row["organism"], row["method"]) for row in rows} == {("benign", "kl"), ("benign", "norm_diff")}
+
+
+def test_a_backfill_is_one_piece_of_work_in_the_web_ui(ui: Ui, caplog: pytest.LogCaptureFixture) -> None:
+    with running_server() as found, caplog.at_level("INFO"):
+        assert backfill(found, "kl again", CHEAP[:1], [GOOD])
+        with pytest.raises(DiffingError, match="did not accept the backfill 'nothing'"):
+            backfill(found, "nothing", CHEAP[:1], ["no__such__pair"])
+    assert any("kl again: 1 of 1 run(s) succeeded" in record.message for record in caplog.records)
+    with open_instance() as instance:
+        [made] = instance.get_backfills()
+        assert (made.title, made.status) == ("kl again", BulkActionStatus.COMPLETED_SUCCESS)
+        [record] = instance.get_run_records(dg.RunsFilter(tags={"dagster/backfill": made.backfill_id}))
+        assert record.dagster_run.status == dg.DagsterRunStatus.SUCCESS
+
 
 
 class Interrupted:
