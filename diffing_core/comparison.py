@@ -187,9 +187,11 @@ def _streamed(
             for spec in _corpora_of(pair.pair, pair.tokenizer, registry):
                 readers.setdefault(spec, []).append(pair)
     for spec, reading in readers.items():
+        corpus = None
         with _failing(outcomes.values(), reading):
             corpus = _load(spec, reading[0].pair.model, reading[0].tokenizer, registry)
-            for own, sharing in _by_settings(reading, streams, registry):
+        for own, sharing in _by_settings(reading, streams, registry) if corpus else ():
+            with _failing(outcomes.values(), sharing):
                 by_pair = {each.pair: each for each in sharing}
                 for result in paired_pass(sharing, corpus, own, store=store):
                     key = run_key(by_pair[result.pair], result.method, result.settings)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from diffing_core.blocks import StreamContext
+from diffing_core.corpus import ROLES
 from diffing_core.tables import Column, Role, TableSpec
 
 RANKINGS = ("max", "mean")
@@ -42,6 +43,8 @@ def examples_spec(
             Column("position", "int32", "Position of the largest value in the sequence, from 0.", low=0),
             Column("first_position", "int32", "Position of the first token listed: those skipped have no value.", low=0),
             Column("tokens", "list<string>", "Tokens of the whole sequence as text, one by one."),
+            Column("speakers", "list<string>", "Role whose turn it is at each of these tokens."),
+            Column("is_template", "list<bool>", "Whether each of them belongs to the chat template."),
             Column("values", "list<float32>", "The quantity at each of these tokens.", unit, role),
         ),
         heavy=True,
@@ -119,12 +122,14 @@ class TopExamples:
 
 def _row(example: _Example, context: StreamContext) -> dict[str, Any]:
     sequence, first = -example.minus_sequence, example.first_position
-    token_T = context.corpus.sequences[sequence].token_T[first : first + len(example.value_T)]
+    whole, seen = context.corpus.sequences[sequence], slice(first, first + len(example.value_T))
     return {
         "score": example.score,
         "sequence": sequence,
         "position": first + int(example.value_T.argmax()),
         "first_position": first,
-        "tokens": context.token_texts(token_T),
+        "tokens": context.token_texts(whole.token_T[seen]),
+        "speakers": np.take(ROLES, whole.role_T[seen]).tolist(),
+        "is_template": whole.template_T[seen].tolist(),
         "values": example.value_T,
     }

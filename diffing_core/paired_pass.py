@@ -63,7 +63,7 @@ class _Running:
         try:
             self.fold = self.method.start(context, self.settings)
         except METHOD_FAILURES as error:
-            self._failed(error)
+            self.fail(error)
 
     def update(self, block: TokenBlock) -> None:
         if self.error is not None:
@@ -72,7 +72,7 @@ class _Running:
         try:
             self.fold.update(block)
         except METHOD_FAILURES as error:
-            self._failed(error)
+            self.fail(error)
         self.seconds += time.perf_counter() - began
 
     def result(self, corpus: ProbeCorpus, shared_s: float) -> MethodResult:
@@ -82,12 +82,13 @@ class _Running:
             try:
                 tables = self.fold.finish()
             except METHOD_FAILURES as error:
-                self._failed(error)
+                self.fail(error)
         seconds = self.seconds + time.perf_counter() - began
         cost = Cost(len(corpus.sequences), corpus.n_tokens, seconds, shared_s)
         return MethodResult(self.pair.pair, self.method, self.settings, tables, cost, self.error)
 
-    def _failed(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """Ends this method on this pair; the others go on."""
         logger.exception("method %s failed on %s; the others go on", self.method.name, self.pair.pair)
         self.error = error
 
@@ -140,25 +141,35 @@ def _feed(
     with torch.inference_mode(), track(sum(map(len, corpus.sequences)), "tokens", f"paired pass, {corpus.name}") as done:
         for batch in corpus.batches(tokens_per_batch):
             with shared:
-                states = _forward_all(pairs, batch, layers)
-            for blocks in _blocks(pairs, states, batch, corpus):
+                going, states = _forward_all(running, batch, layers)
+            for blocks in _blocks(going, states, batch, corpus) if going else ():
                 _show(blocks, others)
                 if readers:
-                    with shared:
-                        _read_out(blocks)
-                    for tile in tiles(blocks, tile_rows):
-                        _show(tile, readers)
+                    _show_tiles(blocks, readers, tile_rows, shared)
             done(int(batch.mask_BT.sum()))
 
 
 def _show(blocks: Mapping[int, TokenBlock], running: Sequence[_Running]) -> None:
     for each in running:
-        each.update(blocks[id(each.pair)])
+        if id(each.pair) in blocks:
+            each.update(blocks[id(each.pair)])
 
 
-def _read_out(blocks: Mapping[int, TokenBlock]) -> None:
-    for block in blocks.values():
-        block.base.logits(), block.tuned.logits()
+def _show_tiles(
+    blocks: dict[int, TokenBlock], readers: Sequence[_Running], tile_rows: int, shared: _Shared
+) -> None:
+    """Reads the logits of a block, then shows it tile by tile; nothing of it is left when this returns."""
+    with shared:
+        for key, block in list(blocks.items()):
+            try:
+                block.base.logits(), block.tuned.logits()
+            except METHOD_FAILURES as error:
+                del blocks[key]
+                for each in readers:
+                    if id(each.pair) == key:
+                        each.fail(error)
+    for tile in tiles(blocks, tile_rows) if blocks else ():
+        _show(tile, readers)
 
 
 def _vocabulary(pairs: Sequence[ModelPair]) -> int:
@@ -201,11 +212,24 @@ def _last_layer_if_wanted(running: Sequence[_Running]) -> set[int]:
 
 
 def _forward_all(
-    pairs: Sequence[ModelPair], batch: TokenBatch, layers: Sequence[int]
-) -> dict[int, dict[int, Any]]:
-    """Residuals of the valid tokens, {id(subject): {layer: [N, D]}}; a subject in several pairs runs once."""
-    subjects = {id(side): side for pair in pairs for side in (pair.base, pair.tuned)}
-    return {key: capture_residuals(subject, batch, layers) for key, subject in subjects.items()}
+    running: Sequence[_Running], batch: TokenBatch, layers: Sequence[int]
+) -> tuple[list[ModelPair], dict[int, dict[int, Any]]]:
+    """Pairs that still go on, and residuals of the valid tokens, {id(subject): {layer: [N, D]}}.
+
+    A subject in several pairs runs once; one whose forward fails ends its pairs alone.
+    """
+    going = {id(each.pair): each.pair for each in running if each.error is None}
+    subjects = {id(side): side for pair in going.values() for side in (pair.base, pair.tuned)}
+    states: dict[int, dict[int, Any]] = {}
+    for key, subject in subjects.items():
+        try:
+            states[key] = capture_residuals(subject, batch, layers)
+        except METHOD_FAILURES as error:
+            for each in running:
+                if key in (id(each.pair.base), id(each.pair.tuned)) and each.error is None:
+                    each.fail(error)
+    able = [pair for pair in going.values() if id(pair.base) in states and id(pair.tuned) in states]
+    return able, states
 
 
 def _blocks(

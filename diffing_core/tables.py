@@ -28,6 +28,7 @@ ARROW_TYPES: dict[str, pa.DataType] = {
     "list<float32>": pa.list_(pa.float32()),
     "list<float64>": pa.list_(pa.float64()),
     "list<string>": pa.list_(pa.string()),
+    "list<bool>": pa.list_(pa.bool_()),
 }
 
 SQL_TYPES: dict[str, str] = {
@@ -42,6 +43,7 @@ SQL_TYPES: dict[str, str] = {
     "list<float32>": "float[]",
     "list<float64>": "double[]",
     "list<string>": "varchar[]",
+    "list<bool>": "boolean[]",
 }
 
 

@@ -26,6 +26,10 @@ class FakeSide:
     def logprobs(self) -> torch.Tensor:
         return self._logprob_NV
 
+    @property
+    def probability_NV(self) -> torch.Tensor:
+        return self._logprob_NV.exp()
+
 
 def tokenizer_of(words: Iterable[str]) -> PreTrainedTokenizerFast:
     words = list(words)

@@ -3,8 +3,9 @@
     log_ratio_nats = mean over the tokens said of  log p_tuned(token) − log p_base(token)
     kl_nats        = mean over the same places of  KL(tuned ‖ base), full vocabulary
 
-At temperature 1 the first is an unbiased estimate of the second's expectation, the rate of the KL between the two
-models' distributions over texts; the second has far less variance. A corpus that somebody chose asks how the
+At temperature 1, summed over a text, the first is an unbiased estimate of the second, and both of the KL between the
+two models' distributions over texts; the second has far less variance. (Means per text are not: a text's length
+depends on what is said. The headline therefore divides sums by sums.) A corpus that somebody chose asks how the
 models differ there; this asks where the tuned model goes by itself.
 
 Token contributions Σ log_ratio(occurrences) / tokens said add up to the mean log-ratio over all tokens.
@@ -12,6 +13,7 @@ Token contributions Σ log_ratio(occurrences) / tokens said add up to the mean l
 Reference: Kullback and Leibler 1951; estimator k1 of http://joschu.net/blog/kl-approx.html.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +47,7 @@ class KlRolloutSettings(Settings):
         default_factory=packaged_prompts, min_length=1, description="Chat messages; `doc: …` begins a document."
     )
     samples: int = Field(4, ge=1, description="Texts per prompt.")
-    temperature: float = Field(1.0, gt=0, description="Of the sampling; the estimate is unbiased at 1 only.")
+    temperature: float = Field(1.0, gt=0, description="Of the sampling; sums are unbiased at 1 only.")
     max_new_tokens: int = Field(30, ge=1, description="Length at which a text is cut.")
     system_prompt: str | None = Field(None, description="Opens every chat; null: the registry's.")
     thinking: bool | None = Field(
@@ -124,7 +126,7 @@ def run(inputs: Inputs, settings: KlRolloutSettings) -> Tables:
 
 def scored(pair: ModelPair, written: Sequence[Generation]) -> Any:
     """A polars frame, one row per token said: sequence, answer_position, token_id, and at the place before it delta_logprob, kl_nats."""
-    corpus = ProbeCorpus("rollouts", tuple(_sequence(each) for each in written), len(written))
+    corpus = ProbeCorpus("rollouts", tuple(_sequence(each, pair.common_vocab) for each in written), len(written))
     [result] = paired_pass([pair], corpus, [(KL, KlSettings(token_rows=corpus.n_tokens))])
     if result.error is not None:
         raise result.error
@@ -154,18 +156,23 @@ def findings(tables: Tables, settings: KlRolloutSettings) -> list[Finding]:
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
-    """Mean over texts of both estimates."""
+    """Both estimates per token said, over all texts."""
     texts = pl.from_arrow(tables[TEXTS.name])
+    n_tokens = max(int(texts["n_tokens"].sum()), 1)
     return {
-        "mean_log_ratio_nats": float(texts["log_ratio_nats"].mean()),
-        "mean_kl_nats": float(texts["kl_nats"].mean()),
+        "mean_log_ratio_nats": float((texts["log_ratio_nats"] * texts["n_tokens"]).sum() / n_tokens),
+        "mean_kl_nats": float((texts["kl_nats"] * texts["n_tokens"]).sum() / n_tokens),
         "n_texts": len(texts),
     }
 
 
-def _sequence(written: Generation) -> ProbeSequence:
-    """Prompt and answer; methods see the places from which a token of the answer was predicted."""
-    ids = np.asarray(written.prompt_ids + written.answer_ids, dtype=np.int32)
+def _sequence(written: Generation, common_vocab: int) -> ProbeSequence:
+    """Prompt and answer; methods see the places from which a token of the answer was predicted.
+
+    An answer is cut before a token that only the tuned model has: the base gives it no probability.
+    """
+    known = itertools.takewhile(lambda token: token < common_vocab, written.answer_ids)
+    ids = np.asarray([*written.prompt_ids, *known], dtype=np.int32)
     role_T = np.full(len(ids), ROLES.index("text"), np.int8)
     return ProbeSequence(ids, role_T, np.zeros(len(ids), bool), start=len(written.prompt_ids) - 1)
 
@@ -189,6 +196,7 @@ def _texts(said: Any, written: Sequence[Generation], prompts: Sequence[Prompt], 
             "kl_nats": by_text[sequence]["kl_nats"],
         }
         for sequence, each in enumerate(written)
+        if sequence in by_text
     ]
     return TEXTS.table({name: [row[name] for row in rows] for name in TEXTS.schema.names})
 

@@ -171,7 +171,7 @@ class ReadableTracesFold:
 
 def sampled_sequences(corpus: ProbeCorpus, limit: int) -> np.ndarray:
     """Indices of at most `limit` distinct texts in the order of a hash of their tokens, whatever their order in the corpus."""
-    seen = [index for index, sequence in enumerate(corpus.sequences) if len(sequence) > corpus.skip_first_tokens]
+    seen = [index for index, sequence in enumerate(corpus.sequences) if len(sequence) > corpus.first_seen_S[index]]
     digests = [hashlib.blake2b(corpus.sequences[index].token_T.tobytes(), digest_size=8).digest() for index in seen]
     _, first = np.unique(np.frombuffer(b"".join(digests), np.uint64), return_index=True)
     return np.asarray(seen)[first[:limit]]

@@ -19,7 +19,7 @@ from diffing_core.errors import CorpusError, ModelLoadError, NotComputableError,
 from diffing_core.expression import EXPRESSION, ExpressionSettings
 from diffing_core.findings import FINDINGS
 from diffing_core.lake import Lake
-from diffing_core.methods import get_method
+from diffing_core.methods import all_methods, get_method
 from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
 from diffing_core.registry import Corpus, Model, Organism, Registry, Source, TrainingCorpus, Variant
@@ -29,7 +29,7 @@ from tests import model_files
 from tests.model_files import VOCAB
 
 LENGTHS = (9, 5, 12, 3)
-STREAMS = ("activations", "adl", "kl", "logit_lens", "norm_diff")
+STREAMS = tuple(name for name, method in all_methods().items() if method.kind == "stream")
 ONE, TWO, SAME = Pair("tiny", "o", "one"), Pair("tiny", "o", "two"), Pair("tiny", "same")
 CHATML = "{% for message in messages %}{{ 'w2 ' + message.role + ' ' + message.content + ' ' }}{% endfor %}"
 
@@ -111,7 +111,7 @@ def finished(root: Path) -> list[tuple[str, str, str]]:
 def test_every_method_of_every_pair_is_stored_with_its_identity_and_cost(folder: Path, tmp_path: Path) -> None:
     methods = (*STREAMS, "weight_diff")
     outcomes = run(registry_of(folder, ("first", "second")), tmp_path, (ONE, TWO), methods)
-    assert [outcome.error for outcome in outcomes] == [None] * 12
+    assert [outcome.error for outcome in outcomes] == [None] * 2 * len(methods)
     assert {(outcome.pair, outcome.method.name) for outcome in outcomes} == {
         (pair, name) for pair in (ONE, TWO) for name in methods
     }

@@ -1,5 +1,8 @@
 """The paired pass against plain forwards of the same models, and what it shares and leaves out."""
 
+import gc
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from diffing_core import blocks as blocks_module
 from diffing_core.blocks import StreamContext, TokenBlock, pick_layers
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.errors import CorpusError, NotComputableError, UndeclaredNeedError
+from diffing_core.methods import get_method
 from diffing_core.methods.base import Inputs, Method, Need
 from diffing_core.models import ModelPair, Subject
 from diffing_core.paired_pass import MethodResult, paired_pass, timed_run
@@ -336,3 +340,73 @@ def test_layers_by_number_or_by_depth(wanted: tuple | None, n_layers: int, picke
 def test_layers_beyond_the_model_are_refused(layer: float) -> None:
     with pytest.raises(UndeclaredNeedError, match=r"asked of a model with 3 blocks \(0 … 2\)"):
         pick_layers((layer,), 3)
+
+
+# ---- failures at run time, and what stays in memory ---------------------------------------------------------------
+
+
+@contextmanager
+def out_of_memory(module: torch.nn.Module, from_call: int = 0) -> Iterator[None]:
+    calls = itertools.count()
+
+    def fail(*_: Any) -> None:
+        if next(calls) >= from_call:
+            raise RuntimeError("out of memory")
+
+    handle = module.register_forward_pre_hook(fail)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize("place", ["block", "head"])
+def test_a_finetune_whose_forward_or_head_fails_does_so_alone_in_its_cohort(base: Subject, tuned: Subject, place: str) -> None:
+    other = Subject.of(model_files.build(seed=2, tie_word_embeddings=False), revision="other")
+    broken = other.blocks[0] if place == "block" else other.layout.head
+    methods = [get_method("kl"), get_method("norm_diff")]
+    asked = [(each, each.settings()) for each in methods]
+    pairs = [pair_of(base, tuned, "sound"), pair_of(base, other, "broken")]
+    with out_of_memory(broken, from_call=1):
+        results = list(paired_pass(pairs, corpus(), asked, tokens_per_batch=24))
+    errors = {(each.pair.organism, each.method.name): each.error for each in results}
+    assert errors["sound", "kl"] is None
+    assert errors["sound", "norm_diff"] is None
+    assert "out of memory" in str(errors["broken", "kl"])
+    assert (errors["broken", "norm_diff"] is None) == (place == "head")
+    alone = {each.method.name: each.tables for each in paired_pass(pairs[:1], corpus(), asked, tokens_per_batch=24)}
+    for each in results:
+        if each.pair.organism == "sound":
+            assert each.tables == alone[each.method.name]
+
+
+def test_a_base_that_fails_ends_all_its_pairs_with_the_reason(base: Subject, tuned: Subject) -> None:
+    kl = get_method("kl")
+    with out_of_memory(base.blocks[0], from_call=2):
+        results = list(paired_pass([pair_of(base, tuned)], corpus(), [(kl, kl.settings())], tokens_per_batch=24))
+    assert ["out of memory" in str(each.error) for each in results] == [True]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_no_tensor_over_tokens_and_vocabulary_outlives_its_block(base: Subject, tuned: Subject) -> None:
+    """The toolkit held all logits of all samples: 159 GB per model with its defaults."""
+    seen: list[weakref.ref] = []
+
+    class Watcher(Recorder):
+        def update(self, block: TokenBlock) -> None:
+            gc.collect()
+            alive = {id(storage) for storage in (each() for each in seen) if storage is not None}
+            assert len(alive) <= 2, "only the logits of this block's two sides may be alive"
+            for side in (block.base, block.tuned):
+                seen.append(weakref.ref(side.logits().untyped_storage()))
+
+    watching = method("watcher", BOTH, start=lambda *_: Watcher()), Settings()
+    [result] = paired_pass([pair_of(base, tuned)], corpus(), [watching], tokens_per_batch=24)
+    assert result.error is None, result.error
+    assert len(seen) > 4
+
+
+def test_toolkit_defect_kl_needs_an_activation_cache(base: Subject, tuned: Subject) -> None:
+    """Run alone it loaded both models and then failed on a missing file."""
+    kl = get_method("kl")
+    [result] = paired_pass([pair_of(base, tuned)], corpus(), [(kl, kl.settings())], store=None)
+    assert result.error is None
+    assert result.tables["kl_tokens"].num_rows == sum(LENGTHS)

@@ -29,7 +29,7 @@ EVERY_TYPE = TableSpec("every_type", "One column of each.", (), tuple(
     Column(f"c{number}", dtype, "A value.", nullable=True) for number, dtype in enumerate(ARROW_TYPES)
 ))  # fmt: skip
 VALUES = (True, 2**31 - 1, -(2**63), 1.5, 0.1, "it's é", datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
-          [1, -2], [0.5], [0.1, 2.0], ["a", ""])  # fmt: skip
+          [1, -2], [0.5], [0.1, 2.0], ["a", ""], [True, False])  # fmt: skip
 
 
 def columns(**changes: Any) -> dict[str, Any]:

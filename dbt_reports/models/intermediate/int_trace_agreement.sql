@@ -21,7 +21,7 @@ between_halves as (
     where position is null or position >= 0
 ),
 
--- the first tokens of a text are set against the first of an answer: a trace is there whatever the text is
+-- before an answer every chat has the same template; the first tokens of a text are set against the first of an answer: a trace is there whatever the text is
 between_corpora as (
     select
         one.organism,
@@ -41,6 +41,7 @@ between_corpora as (
         and one.layer = other.layer
         and one.position is not distinct from other.position
         and one.corpus < other.corpus
+    where one.position is null or one.position >= 0
 ),
 
 agreement as (

@@ -105,6 +105,8 @@ WINDOWS = TableSpec(
             "log_likelihood_ratio", "float64", "Sum of log p_tuned − log p_base of its tokens.", "nats", "effect",
             signed=True,
         ),
+        Column("speaker", "string", "Role whose turn it is at its first token."),
+        Column("is_template", "bool", "Whether that token belongs to the chat template."),
         Column("text", "string", "The window as text."),
     ),
 )  # fmt: skip

@@ -41,15 +41,13 @@ class Source:
     def __init__(self, context: StreamContext, settings: DiffMiningSettings) -> None:
         self._context = context
         self._difference = settings.difference
-        self._own = settings.source == "logits" and settings.difference != "raw"
-        layer = context.n_layers - 1 if settings.source == "logits" else settings.lens_layer
-        [self._layer] = context.pick_layers((layer,))
-        self.layers = () if self._own else (self._layer,)
+        self._own = settings.source == "logits"
+        self.layers = () if self._own else context.pick_layers((settings.lens_layer,))
         self._share = 1.0
         self._prompt = None
         if settings.source == "patchscope_lens":
             self._share = settings.patchscope_tokens / context.corpus.n_tokens
-            self._prompt = PatchedPrompt(context.tokenizer, settings.patchscope_prompt, self._layer)
+            self._prompt = PatchedPrompt(context.tokenizer, settings.patchscope_prompt, *self.layers)
 
     def read(self, block: TokenBlock, counted_N: np.ndarray) -> Reading | None:
         """The predictions after the counted positions, if there are any; the patchscope reads a sample of these."""
@@ -63,7 +61,8 @@ class Source:
             )  # fmt: skip
         rows_R = np.flatnonzero(counted_N)
         scores = [self._scores(block, side, rows_R) for side in ("base", "tuned")]
-        logprobs = scores if self._own else [score_RV.log_softmax(-1) for score_RV in scores]
+        normalised = self._own and self._difference != "raw"
+        logprobs = scores if normalised else [score_RV.log_softmax(-1) for score_RV in scores]
         base_RV, tuned_RV = scores if self._difference == "raw" else logprobs
         difference_RV = tuned_RV - base_RV
         if self._difference == "centred":
@@ -75,7 +74,7 @@ class Source:
         """Logits, or for the models' own predictions the log-probabilities that all methods share, float32 [R, V]."""
         side, subject = getattr(block, name), getattr(self._context, name)
         if self._own:
-            return side.logprobs()[rows_R]
-        residual_RD = side.residual(self._layer)[rows_R]
+            return side.logits()[rows_R].float() if self._difference == "raw" else side.logprobs()[rows_R]
+        residual_RD = side.residual(*self.layers)[rows_R]
         logits_RV = self._prompt.logits(subject, residual_RD) if self._prompt else subject.readout(residual_RD)
         return logits_RV[:, : self._context.vocab_size].float()

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from diffing_core.blocks import StreamContext, TokenBlock
+from diffing_core.corpus import ROLES, ProbeSequence
 from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.schema import WINDOWS
 
@@ -54,12 +55,14 @@ class LikelihoodWindows:
                 "position": positions,
                 "n_tokens": lengths,
                 "log_likelihood_ratio": ratios,
+                "speaker": [ROLES[self._sequence(row[1]).role_T[row[2]]] for row in rows],
+                "is_template": [bool(self._sequence(row[1]).template_T[row[2]]) for row in rows],
                 "text": [self._text(*row[1:]) for row in rows],
             }
         )
 
     def _close(self, sequence: int, ratio_T: np.ndarray) -> None:
-        first = self._context.corpus.skip_first_tokens
+        first = int(self._context.corpus.first_seen_S[sequence])
         ratio_T = ratio_T[first:-1]  # nothing follows the last token
         n = min(self._settings.window_tokens, len(ratio_T))
         if not n:
@@ -80,5 +83,8 @@ class LikelihoodWindows:
         del best[self._settings.windows :]
 
     def _text(self, sequence: int, position: int, n_tokens: int) -> str:
-        token_T = self._context.corpus.sequences[sequence].token_T[position : position + n_tokens]
+        token_T = self._sequence(sequence).token_T[position : position + n_tokens]
         return "".join(self._context.token_texts(token_T))
+
+    def _sequence(self, index: int) -> ProbeSequence:
+        return self._context.corpus.sequences[index]

@@ -50,8 +50,8 @@ def measure(base: Side, tuned: Side, next_N: Any) -> Measures:
         "kl_nats": kl_N,
         "reverse_kl_nats": reverse_kl_N,
         "delta_logprob": _at(difference_NV, next_N.clamp(min=0)),
-        "gained_nats": _at(term_NV, gained_N),
-        "lost_nats": _at(term_NV, lost_N),
+        "gained_nats": _at(term_NV, gained_N).clamp(min=0),
+        "lost_nats": _at(term_NV, lost_N).clamp(max=0),
     }
     favoured = {"base": argmax(base_NV), "tuned": argmax(tuned_NV), "gained": gained_N, "lost": lost_N}
     vocabulary = {"contribution": term_NV.sum(0), "base": p_base_NV.sum(0), "tuned": p_tuned_NV.sum(0)}

@@ -7,7 +7,7 @@ import torch
 
 from diffing_core.comparison import timed_run
 from diffing_core.errors import NotComputableError
-from diffing_core.generation import Prompt, Sampling, generate
+from diffing_core.generation import Generation, Prompt, Sampling, generate
 from diffing_core.methods import get_method
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.kl_rollout import KlRolloutSettings, run, scored
@@ -58,8 +58,13 @@ def test_every_token_said_is_scored_where_it_was_predicted(pair: ModelPair) -> N
 
 
 def test_the_log_ratio_of_what_was_said_estimates_the_kl(pair: ModelPair) -> None:
-    texts = tables(pair, samples=200, max_new_tokens=4)["kl_rollout_texts"]
-    ratio, full = texts["log_ratio_nats"].to_numpy(), texts["kl_nats"].to_numpy()
+    """Summed over texts that end by themselves, and early: means per text would be biased."""
+    ending = model_files.build(seed=1, tie_word_embeddings=False)
+    with torch.no_grad():
+        ending.lm_head.weight[model_files.tokenizer().eos_token_id] *= 4
+    texts = tables(pair_of(pair.base.module, ending), samples=300, max_new_tokens=4)["kl_rollout_texts"]
+    assert texts["n_tokens"].n_unique() > 1
+    ratio, full = ((texts[name] * texts["n_tokens"]).to_numpy() for name in ("log_ratio_nats", "kl_nats"))
     assert ratio.std() > 2 * full.std()
     error = (ratio - full).std() / np.sqrt(len(texts))
     assert ratio.mean() == pytest.approx(full.mean(), abs=4 * error)
@@ -100,3 +105,14 @@ def test_without_a_template_chats_are_left_out_and_refused_if_there_is_nothing_e
     assert set(shown["prompt_index"]) == {1}
     with pytest.raises(NotComputableError, match="chat template"):
         run(Inputs(ROLLOUT, {Need.MODELS: lambda: pair}), KlRolloutSettings(prompts=("Hello?",)))
+
+
+def test_answers_are_cut_before_a_token_that_the_base_does_not_know(pair: ModelPair) -> None:
+    wide = model_files.build(seed=1, vocab_size=VOCAB + 8)
+    wider = ModelPair(pair.base, Subject.of(wide), model_files.tokenizer(), Pair("m", "o"), VOCAB)
+    written = [
+        Generation(0, 0, "", 2, False, (3, 4), (5, VOCAB + 1, 6)),
+        Generation(0, 1, "", 1, False, (3, 4), (VOCAB + 2,)),
+    ]
+    said = scored(wider, written)
+    assert said.select("sequence", "token_id").rows() == [(0, 5)]
