@@ -12,7 +12,7 @@ EFFECTIVENESS = """
 select
     method,
     n_top1 || '/' || n_ranked || format(' [{:.2f}, {:.2f}]', top1_low, top1_high) as "top-1",
-    format('{:.2f} (n={})', mrr, n_reciprocal_ranks) as "MRR",
+    format('{:.2f} [{:.2f}, {:.2f}] n={}', mrr, mrr_low, mrr_high, n_reciprocal_ranks) as "MRR",
     n_detected || '/' || n_ranked || format(' [{:.2f}, {:.2f}]', detection_low, detection_high) as "identified",
     n_variants_detected || '/' || n_variants as "variants",
     n_only_method || ' : ' || n_only_blackbox || format(' (p {:.2f})', p_holm) as "against blackbox",
@@ -24,7 +24,7 @@ where model = ?
 order by n_detected desc, n_top1 desc, method
 """
 READING = (
-    "top-1, MRR, identified: one variant per organism, with exact 95 % intervals; variants: identified, of all\n"
+    "top-1, MRR, identified: one variant per organism, with exact 95 % intervals (MRR: Wilson's); variants: identified, of all\n"
     "against blackbox: organisms identified by this method alone : by blackbox alone (McNemar's exact p, Holm-adjusted)"
 )
 
