@@ -109,6 +109,7 @@ def test_values_survive_exactly(lake: Lake, tmp_path: Path) -> None:
         "bool": True, "int32": 2**31 - 1, "int64": 2**53 + 1, "float32": 1.5, "float64": 0.1 + 0.2,
         "string": "'Ġca\x1fke'", "timestamp": datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
         "list<int32>": [1, -2], "list<float32>": [0.5], "list<float64>": [0.1], "list<string>": ["a", "b"],
+        "list<bool>": [True, False],
     }  # fmt: skip
     row = {column.name: [values[column.dtype]] for column in EVERY_TYPE.columns}
     lake.write_result(run_key(), {EVERY_TYPE: EVERY_TYPE.table(row)}, SETTINGS, Cost())
