@@ -5,6 +5,7 @@ pass runs once per corpus, and each method's result is stored when it is complet
 loaded or a method that fails ends alone: the rest is stored and reported, and then the run says so.
 """
 
+import importlib
 from collections.abc import Iterator
 
 import dagster as dg
@@ -111,5 +112,5 @@ def _report_base_model(context: dg.AssetExecutionContext, outcome: Outcome) -> N
 
 def _description(method: Method) -> str:
     tables = "\n".join(f"* `raw.{spec.name}`: {spec.doc}" for spec in method.tables)
-    module = __import__(method.settings.__module__, fromlist=["__doc__"])
+    module = importlib.import_module(f"diffing_core.methods.{method.name}")
     return f"{(module.__doc__ or '').strip()}\n\n{tables}"

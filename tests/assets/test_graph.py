@@ -1,10 +1,13 @@
 """The asset graph as text: a change to keys, edges, groups or versions shows up in review."""
 
+import importlib
 from pathlib import Path
 
 import dagster as dg
 
 from diffing_assets.definitions import defs
+from diffing_assets.keys import diff_key
+from diffing_core.methods import all_methods
 
 SNAPSHOT = Path(__file__).parent / "graph.txt"
 
@@ -30,6 +33,13 @@ def test_every_asset_has_group_and_description() -> None:
     for spec in defs.resolve_all_asset_specs():
         assert spec.group_name != "default", spec.key
         assert spec.description, spec.key
+
+
+def test_a_methods_description_is_the_docstring_of_its_file_or_package() -> None:
+    described_as = {spec.key: spec.description for spec in defs.resolve_all_asset_specs()}
+    for name, method in all_methods().items():
+        docstring = importlib.import_module(f"diffing_core.methods.{name}").__doc__
+        assert described_as[diff_key(method)].startswith(docstring.strip()), name
 
 
 if __name__ == "__main__":
