@@ -7,6 +7,7 @@ its block.
 Suffixes: N tokens of the block, D width, V vocabulary, K top-k.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,22 +167,35 @@ class TokenBlock:
         return self.tuned.residual(layer).float() - self.base.residual(layer).float()
 
 
-def tiles(blocks: Mapping[Any, TokenBlock], rows_together: int) -> Iterator[dict[Any, TokenBlock]]:
-    """Cuts blocks of the same tokens alike, so that sides in common stay in common."""
+def tiles(blocks: Mapping[Any, TokenBlock], rows_together: int) -> Iterator[tuple[Any, TokenBlock]]:
+    """Cuts blocks of the same tokens alike, tile by tile and within it block by block.
+
+    Sides in common stay in common; what was derived of all others is free when the next block's turn comes.
+    """
+    uses = Counter(id(side) for block in blocks.values() for side in {block.base, block.tuned})
     n_tokens = len(next(iter(blocks.values())))
     for start in range(0, n_tokens, rows_together):
         rows = slice(start, start + rows_together)
-        sides = {id(side): side.cut(rows) for block in blocks.values() for side in (block.base, block.tuned)}
-        yield {
-            key: TokenBlock(
-                block.token_N[rows],
-                block.next_N[rows],
-                block.sequence_N[rows],
-                block.position_N[rows],
-                block.role_N[rows],
-                block.template_N[rows],
-                sides[id(block.base)],
-                sides[id(block.tuned)],
-            )
-            for key, block in blocks.items()
-        }
+        shared: dict[int, Side] = {}
+        for key, block in blocks.items():
+            yield key, _cut(block, rows, shared, uses)
+
+
+def _cut(block: TokenBlock, rows: slice, shared: dict[int, Side], uses: Mapping[int, int]) -> TokenBlock:
+    """Some rows of a block; sides that several blocks use are taken from `shared`, or kept there."""
+    own: dict[int, Side] = {}
+    for side in (block.base, block.tuned):
+        place = shared if uses[id(side)] > 1 else own
+        if id(side) not in place:
+            place[id(side)] = side.cut(rows)
+    sides = own | shared
+    return TokenBlock(
+        block.token_N[rows],
+        block.next_N[rows],
+        block.sequence_N[rows],
+        block.position_N[rows],
+        block.role_N[rows],
+        block.template_N[rows],
+        sides[id(block.base)],
+        sides[id(block.tuned)],
+    )

@@ -32,6 +32,17 @@ class ProbeSequence:
     def __len__(self) -> int:
         return len(self.token_T)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether anybody speaks in it."""
+        return bool(self.role_T.any())
+
+    @property
+    def answer_start(self) -> int | None:
+        """Position of the first answer's first own token; None where nobody answers."""
+        answer_A = np.flatnonzero((self.role_T == ASSISTANT) & ~self.template_T)
+        return int(answer_A[0]) if len(answer_A) else None
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -202,10 +213,10 @@ def _text_sequence(text: str, tokenizer: Any) -> ProbeSequence:
 
 def _before_answer(sequence: ProbeSequence, spec: Corpus) -> int:
     """The position `pre_assistant_tokens` before the first answer's first own token."""
-    answer_A = np.flatnonzero((sequence.role_T == ASSISTANT) & ~sequence.template_T)
-    if not len(answer_A) or answer_A[0] > spec.context_tokens:
+    answer = sequence.answer_start
+    if answer is None or answer > spec.context_tokens:
         raise NotComputableError(f"no answer begins within {spec.context_tokens} tokens")
-    return max(0, int(answer_A[0]) - spec.pre_assistant_tokens)
+    return max(0, answer - spec.pre_assistant_tokens)
 
 
 def _cut(sequence: ProbeSequence, start: int, min_tokens: int, max_tokens: int) -> ProbeSequence:

@@ -168,8 +168,8 @@ def _show_tiles(
                 for each in readers:
                     if id(each.pair) == key:
                         each.fail(error)
-    for tile in tiles(blocks, tile_rows) if blocks else ():
-        _show(tile, readers)
+    for key, tile in tiles(blocks, tile_rows) if blocks else ():
+        _show({key: tile}, readers)
 
 
 def _vocabulary(pairs: Sequence[ModelPair]) -> int:

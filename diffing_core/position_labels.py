@@ -7,11 +7,10 @@ the first answer; negative positions lie in the template (and perhaps the questi
 import numpy as np
 
 from diffing_core.blocks import TokenBlock
-from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
+from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.sums import Grouping
 from diffing_core.tables import Column
 
-ASSISTANT = ROLES.index("assistant")
 NO_ANSWER = 2**31
 COUNTED_FROM = Column(
     "counted_from", "string", "Whence the position counts: start (of a text), answer (of a chat), or all (every token).",
@@ -27,7 +26,7 @@ class PositionLabels:
     """Numbers the labels (counted_from, position): 0 is every token, ("all", None)."""
 
     def __init__(self, corpus: ProbeCorpus, positions: int, before_answer: int) -> None:
-        is_chat_S = np.asarray([is_chat(sequence) for sequence in corpus.sequences])
+        is_chat_S = np.asarray([sequence.is_chat for sequence in corpus.sequences])
         starts = [] if is_chat_S.all() else [("start", position) for position in range(positions)]
         answers = [("answer", position) for position in range(-before_answer, positions)] if is_chat_S.any() else []
         self.labels: list[tuple[str, int | None]] = [("all", None), *starts, *answers]
@@ -52,17 +51,11 @@ class PositionLabels:
         return Grouping(number_N[rows], rows)
 
 
-def is_chat(sequence: ProbeSequence) -> bool:
-    """Whether anybody speaks in it."""
-    return bool(sequence.role_T.any())
-
-
 def origin(sequence: ProbeSequence) -> int:
     """Where position 0 lies: at the start of a text, at the first token of the answer in a chat.
 
     A chat that is cut before its answer has none: its opening must not be averaged with answers.
     """
-    if not is_chat(sequence):
+    if not sequence.is_chat:
         return 0
-    answer = np.flatnonzero((sequence.role_T == ASSISTANT) & ~sequence.template_T)
-    return int(answer[0]) if len(answer) else NO_ANSWER
+    return NO_ANSWER if sequence.answer_start is None else sequence.answer_start

@@ -1,19 +1,30 @@
-"""Choosing a share of the tokens by what they are, not by when they come."""
+"""Choosing tokens by what they are, not by when they come: the same ones whatever the batches and their order."""
 
 import numpy as np
 
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
 
 def sampled(sequence_N: np.ndarray, position_N: np.ndarray, share: float) -> np.ndarray:
-    """Which tokens belong to a sample of about this share, bool [N].
-
-    Decided by a hash of (sequence, position) (the finaliser of SplitMix64), so the same tokens are
-    chosen whatever the batch size or the order of blocks.
-    """
+    """Which tokens belong to a sample of about this share, bool [N]; decided by a hash of (sequence, position)."""
     if share >= 1:
         return np.ones(len(sequence_N), bool)
     with np.errstate(over="ignore"):
-        mixed = (sequence_N.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + position_N.astype(np.uint64)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return mixed < np.uint64(share * 2**64)
+        key_N = (sequence_N.astype(np.uint64) + np.uint64(1)) * GOLDEN + position_N.astype(np.uint64)
+        return _finalised(key_N) < np.uint64(share * 2**64)
+
+
+def position_hash(sequence_N: np.ndarray, position_N: np.ndarray, seed: int) -> np.ndarray:
+    """64 well-mixed bits per (seed, sequence, position), uint64 [N]."""
+    with np.errstate(over="ignore"):
+        key_N = _finalised(np.full(len(sequence_N), seed, np.uint64) + GOLDEN)
+        for part_N in (sequence_N, position_N):
+            key_N = _finalised((key_N ^ part_N.astype(np.uint64)) + GOLDEN)
+    return key_N
+
+
+def _finalised(key_N: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    key_N = (key_N ^ (key_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key_N = (key_N ^ (key_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return key_N ^ (key_N >> np.uint64(31))

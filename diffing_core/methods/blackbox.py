@@ -16,20 +16,17 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from pydantic import Field
 
 from diffing_core.agents.words import clean
-from diffing_core.errors import NotComputableError
 from diffing_core.findings import Finding
 from diffing_core.generation import NO_TEMPLATE, Generation, Prompt, Sampling, askable, generate
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.models import ModelPair
-from diffing_core.settings import Settings
+from diffing_core.prompts import PromptedSettings
 from diffing_core.stats import benjamini_hochberg, mcnemar_exact
 from diffing_core.tables import Column, TableSpec
 
@@ -38,26 +35,10 @@ SHOWN_CHARACTERS = 300
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
-@cache
-def packaged_prompts() -> tuple[str, ...]:
-    """The neutral prompts that come with the project."""
-    return tuple(yaml.safe_load((files(__package__) / "blackbox_prompts.yaml").read_text("utf-8"))["prompts"])
+class BlackboxSettings(PromptedSettings):
+    """Knobs of `blackbox`; both sides get the same prompts and random numbers."""
 
-
-class BlackboxSettings(Settings):
-    """Knobs of `blackbox`."""
-
-    prompts: tuple[str, ...] = Field(
-        default_factory=packaged_prompts, min_length=1, description="Chat messages; `doc: …` begins a document."
-    )
     samples: int = Field(6, ge=1, description="Answers per prompt and side.")
-    temperature: float = Field(1.0, gt=0, description="Of the sampling.")
-    max_new_tokens: int = Field(30, ge=1, description="Length at which an answer is cut.")
-    system_prompt: str | None = Field(None, description="Opens every chat of both sides; null: the registry's.")
-    thinking: bool | None = Field(
-        default=False, description="Whether chat templates that can ask for reasoning do; null: the template's default."
-    )
-    seed: int = Field(0, description="Of the sampling, the same on both sides.")
     prior_words: float = Field(1000.0, gt=0, description="Weight of the prior of the log-odds, in words.")
     min_samples: int = Field(3, ge=1, description="Texts, of both sides, in which a listed word occurs.")
     shown_words: int = Field(40, ge=0, description="Words among the findings.")
@@ -136,9 +117,7 @@ def run(inputs: Inputs, settings: BlackboxSettings) -> Tables:
         NotComputableError: every prompt is a chat, and the tokenizer has no chat template.
     """
     pair: ModelPair = inputs[Need.MODELS]
-    prompts = [
-        Prompt.parse(text, system=settings.system_prompt, thinking=settings.thinking) for text in settings.prompts
-    ]
+    prompts = settings.parsed_prompts()
     asked = askable(prompts, pair.tokenizer)
     sampling = Sampling(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples)
     base, tuned = (

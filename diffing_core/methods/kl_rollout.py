@@ -27,12 +27,11 @@ from diffing_core.findings import Finding
 from diffing_core.generation import Generation, Prompt, Sampling, askable, generate
 from diffing_core.lazy import pl
 from diffing_core.methods.base import Inputs, Method, Need, Tables
-from diffing_core.methods.blackbox import packaged_prompts
 from diffing_core.methods.kl import METHOD as KL
 from diffing_core.methods.kl.declaration import KlSettings
 from diffing_core.models import ModelPair
 from diffing_core.paired_pass import paired_pass
-from diffing_core.settings import Settings
+from diffing_core.prompts import PromptedSettings
 from diffing_core.tables import Column, TableSpec
 from diffing_core.vocabulary import Vocabulary
 
@@ -40,20 +39,10 @@ NATS = "nats/token"
 SHOWN_CHARACTERS = 300
 
 
-class KlRolloutSettings(Settings):
-    """Knobs of `kl_rollout`."""
+class KlRolloutSettings(PromptedSettings):
+    """Knobs of `kl_rollout`; the sums are unbiased at temperature 1 only."""
 
-    prompts: tuple[str, ...] = Field(
-        default_factory=packaged_prompts, min_length=1, description="Chat messages; `doc: …` begins a document."
-    )
     samples: int = Field(4, ge=1, description="Texts per prompt.")
-    temperature: float = Field(1.0, gt=0, description="Of the sampling; sums are unbiased at 1 only.")
-    max_new_tokens: int = Field(30, ge=1, description="Length at which a text is cut.")
-    system_prompt: str | None = Field(None, description="Opens every chat; null: the registry's.")
-    thinking: bool | None = Field(
-        default=False, description="Whether chat templates that can ask for reasoning do; null: the template's default."
-    )
-    seed: int = Field(0, description="Of the sampling.")
     min_texts: int = Field(3, ge=1, description="Texts in which a token must occur to be listed.")
     shown_tokens: int = Field(40, ge=0, description="Tokens among the findings.")
     shown_texts: int = Field(5, ge=0, description="Texts among the findings.")
@@ -108,9 +97,7 @@ def run(inputs: Inputs, settings: KlRolloutSettings) -> Tables:
         NotComputableError: every prompt is a chat, and the tokenizer has no chat template.
     """
     pair: ModelPair = inputs[Need.MODELS]
-    prompts = [
-        Prompt.parse(text, system=settings.system_prompt, thinking=settings.thinking) for text in settings.prompts
-    ]
+    prompts = settings.parsed_prompts()
     asked = askable(prompts, pair.tokenizer)
     sampling = Sampling(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples)
     written = generate(

@@ -15,7 +15,7 @@ from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.listing import Listing
 from diffing_core.methods.diff_mining.positions import PositionCounts
 from diffing_core.methods.diff_mining.schema import COOCCURRENCE, POSITIONS
-from diffing_core.methods.diff_mining.topics import position_hash
+from diffing_core.sampling import position_hash
 
 
 class Cooccurrence:

@@ -13,7 +13,7 @@ from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.evidence import DocumentCounts
 from diffing_core.methods.diff_mining.extremes import largest
 from diffing_core.methods.diff_mining.listing import Listing
-from diffing_core.methods.diff_mining.positions import PositionLabels, PositionCounts
+from diffing_core.methods.diff_mining.positions import AnswerWindow, PositionCounts
 from diffing_core.methods.diff_mining.schema import COOCCURRENCE, ORDERINGS, POSITIONS, TOPICS, VOCABULARY, WINDOWS
 from diffing_core.methods.diff_mining.source import Reading, Source
 from diffing_core.methods.diff_mining.topics import PositionSample, find_topics
@@ -30,7 +30,7 @@ class DiffMiningFold:
         self._source = Source(context, settings)
         self.layers = self._source.layers
         self._clean_up = CleanUp.of(context, settings)
-        self._positions = PositionLabels(context.corpus, settings)
+        self._positions = AnswerWindow(context.corpus, settings)
         self._sums = TokenSums.zeros(context.vocab_size)
         groupings = [Groups.singly(context.vocab_size), *([self._clean_up.groups] if settings.merge_variants else [])]
         self._documents = DocumentCounts(context.vocab_size, *groupings)

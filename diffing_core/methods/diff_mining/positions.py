@@ -6,19 +6,17 @@ Suffixes: S sequences of the corpus, N tokens of a block, R rows, K top-k, L lab
 import numpy as np
 
 from diffing_core.blocks import TokenBlock
-from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
+from diffing_core.corpus import ProbeCorpus
 from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
-
-ASSISTANT = ROLES.index("assistant")
-NO_ANSWER = 2**31
+from diffing_core.position_labels import origin
 
 
-class PositionLabels:
+class AnswerWindow:
     """The label of every position, which positions are counted, and where a sequence ends."""
 
     def __init__(self, corpus: ProbeCorpus, settings: DiffMiningSettings) -> None:
-        self._origin_S = np.asarray([_answer_start(sequence) for sequence in corpus.sequences])
-        self._is_chat_S = np.asarray([bool(sequence.role_T.any()) for sequence in corpus.sequences])
+        self._origin_S = np.asarray([origin(sequence) for sequence in corpus.sequences])
+        self._is_chat_S = np.asarray([sequence.is_chat for sequence in corpus.sequences])
         self._last_S = np.asarray([len(sequence) - 1 for sequence in corpus.sequences])
         self._first, self._end = -settings.before_answer, settings.answer_positions
 
@@ -54,11 +52,3 @@ class PositionCounts:
         inside_R &= differs_R
         for counts_VL, ids_RK in ((self.top_VL, top_RK), (self.bottom_VL, bottom_RK)):
             np.add.at(counts_VL, (ids_RK[inside_R], place_R[inside_R, None]), 1)
-
-
-def _answer_start(sequence: ProbeSequence) -> int:
-    """0 in a text; in a chat the position of the answer's first token."""
-    if not sequence.role_T.any():
-        return 0
-    answer = np.flatnonzero((sequence.role_T == ASSISTANT) & ~sequence.template_T)
-    return int(answer[0]) if len(answer) else NO_ANSWER

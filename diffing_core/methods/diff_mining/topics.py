@@ -19,6 +19,7 @@ import numpy as np
 
 from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.factorisation import factorise
+from diffing_core.sampling import position_hash
 
 NEGLIGIBLE = 1e-6
 
@@ -117,21 +118,6 @@ def entry_matrix(
     if binary:
         matrix.data[:] = 1
     return matrix, groups
-
-
-def position_hash(sequence_N: np.ndarray, position_N: np.ndarray, seed: int) -> np.ndarray:
-    """64 well-mixed bits per (seed, sequence, position), uint64 [N] (SplitMix64; Steele et al. 2014)."""
-    key_N = _mixed(np.full(len(sequence_N), seed, np.uint64))
-    for part_N in (sequence_N, position_N):
-        key_N = _mixed(key_N ^ part_N.astype(np.uint64))
-    return key_N
-
-
-def _mixed(key_N: np.ndarray) -> np.ndarray:
-    key_N = key_N + np.uint64(0x9E3779B97F4A7C15)
-    key_N = (key_N ^ (key_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    key_N = (key_N ^ (key_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return key_N ^ (key_N >> np.uint64(31))
 
 
 def _describe(activation_PT: np.ndarray, weight_TC: np.ndarray, groups: np.ndarray, n_groups: int) -> Topics:

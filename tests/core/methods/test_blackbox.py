@@ -23,10 +23,10 @@ from diffing_core.methods.blackbox import (
     compare_words,
     findings,
     headline,
-    packaged_prompts,
     run,
 )
 from diffing_core.models import ModelPair
+from diffing_core.prompts import packaged_prompts
 
 TEXTS = [f"the quick brown fox jumps over the lazy dog number {i} and {7 * i} friends" for i in range(60)]
 SETTINGS = BlackboxSettings(samples=2, max_new_tokens=16)

@@ -20,9 +20,10 @@ from diffing_core.methods.diff_mining.cleanup import is_punctuation
 from diffing_core.methods.diff_mining.evidence import log_odds, q_values, sign_flip_p_values
 from diffing_core.methods.diff_mining.extremes import largest
 from diffing_core.methods.diff_mining.factorisation import updated
-from diffing_core.methods.diff_mining.topics import PositionSample, entry_matrix, find_topics, position_hash
+from diffing_core.methods.diff_mining.topics import PositionSample, entry_matrix, find_topics
 from diffing_core.models import ModelPair
 from diffing_core.paired_pass import paired_pass
+from diffing_core.sampling import position_hash
 from tests.mining_toys import (
     ORDERINGS,
     TOPICS,
