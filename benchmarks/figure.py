@@ -27,6 +27,9 @@ class Figure:
         return "yes" if (self.value <= self.goal if self.better == "lower" else self.value >= self.goal) else "no"
 
 
+Clock = Callable[[Callable[[], object]], float]
+
+
 def cpu_s(work: Callable[[], object]) -> float:
     """Processor seconds of this process: on a shared machine steadier than the clock on the wall."""
     began = time.process_time()
@@ -41,15 +44,21 @@ def wall_s(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def device_s(work: Callable[[], object]) -> float:
+    """Seconds on the wall until the GPU has finished all that was asked of it."""
+    import torch
+
+    torch.cuda.synchronize()
+    return wall_s(lambda: (work(), torch.cuda.synchronize()))
+
+
 def own_peak_mb() -> float:
     """Most memory this process has held; unlike getrusage's figure, free of what its parent held when it forked."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
 
 
-def in_turn(
-    works: dict[str, Callable[[], object]], rounds: int, clock: Callable[[Callable[[], object]], float]
-) -> dict[str, float]:
+def in_turn(works: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, float]:
     """Median of several rounds A B C A B C …, after one round that is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.figure import Figure, cpu_s, in_turn, own_peak_mb
 from benchmarks.pairs import cohort, corpus
-from benchmarks.stream import TOKENS_PER_BATCH, VOCABULARY, fold
+from benchmarks.stream import TOKENS_PER_BATCH, VOCABULARY, passed
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.methods.base import Method, Need
 from diffing_core.methods.diff_mining import METHOD
@@ -131,5 +131,5 @@ def _peak_mb(n_tokens: int) -> float:
 
 
 if __name__ == "__main__":
-    fold(cohort(1, **SMALL), corpus(int(sys.argv[1]), vocabulary=VOCABULARY), ("diff_mining",))
+    passed(cohort(1, **SMALL), corpus(int(sys.argv[1]), vocabulary=VOCABULARY), ("diff_mining",))
     sys.stdout.write(f"{own_peak_mb()}\n")

@@ -1,13 +1,13 @@
 """Random-weight models of a given size with LoRA adapters: what they compute is noise, what it costs is not."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from benchmarks.figure import cpu_s
+from benchmarks.figure import Clock, cpu_s
 from diffing_core.corpus import ProbeCorpus, ProbeSequence, TokenBatch
 from diffing_core.lora_forward import add_in_place
 from diffing_core.models import ModelPair
@@ -15,22 +15,29 @@ from diffing_core.pairs import Pair
 from diffing_core.subject import Subject
 
 
-def cohort(n_tuned: int, *, d_model: int, n_layers: int, vocabulary: int, rank: int = 16) -> list[ModelPair]:
-    """Pairs of one Qwen3-shaped base, adapters on all projections of one resident copy."""
+def cohort(
+    n_tuned: int, *, d_model: int, n_layers: int, vocabulary: int, head_dim: int = 64, on: Mapping[str, Any] | None = None
+) -> list[ModelPair]:
+    """Pairs of one Qwen3-shaped base, adapters of rank 16 on all projections of one resident copy.
+
+    `on`: device and dtype; the processor's float32 if not given.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
+    n_heads = d_model // head_dim
     config = Qwen3Config(
         vocab_size=vocabulary, hidden_size=d_model, intermediate_size=3 * d_model, num_hidden_layers=n_layers,
-        num_attention_heads=d_model // 64, num_key_value_heads=d_model // 128, head_dim=64, tie_word_embeddings=True,
+        num_attention_heads=n_heads, num_key_value_heads=n_heads // 2, head_dim=head_dim, tie_word_embeddings=True,
     )  # fmt: skip
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
     names = [f"tuned_{index}" for index in range(n_tuned)]
     module = get_peft_model(Qwen3ForCausalLM(config), lora, adapter_name=names[0])
     for name in names[1:]:
         module.add_adapter(name, lora)
+    module.to(**on or {})
     for name in names:
         add_in_place(module, name)
     base = Subject.of(module, None, "base")
@@ -70,7 +77,7 @@ def bare_forwards(pair: ModelPair, batches: Iterable[TokenBatch]) -> None:
 
     with torch.inference_mode(), _stock_peft(pair.tuned.module):
         for batch in batches:
-            token_BT, mask_BT = torch.from_numpy(batch.token_BT), torch.from_numpy(batch.mask_BT)
+            token_BT, mask_BT = (torch.from_numpy(each).to(pair.base.device) for each in (batch.token_BT, batch.mask_BT))
             for side in (pair.base, pair.tuned):
                 with side.active() as model:
                     model(input_ids=token_BT, attention_mask=mask_BT, use_cache=False)
@@ -98,10 +105,11 @@ class WithFloor(ProbeCorpus):
     """
 
     pair: ModelPair | None = None
+    clock: Clock = cpu_s
     floor_s: list[float] = field(default_factory=list)
 
     def batches(self, token_budget: int) -> Iterator[TokenBatch]:
         """The corpus's batches."""
         for batch in super().batches(token_budget):
-            self.floor_s.append(cpu_s(lambda: bare_forwards(self.pair, [batch])))  # noqa: B023 - called at once
+            self.floor_s.append(self.clock(lambda: bare_forwards(self.pair, [batch])))  # noqa: B023 - called at once
             yield batch

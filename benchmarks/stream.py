@@ -7,12 +7,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.figure import Figure, cpu_s, in_turn, own_peak_mb
+from benchmarks.figure import Clock, Figure, cpu_s, in_turn, own_peak_mb
 from benchmarks.pairs import WithFloor, bare_forwards, cohort, corpus
 from diffing_core.corpus import ProbeCorpus
 from diffing_core.methods import all_methods
 from diffing_core.models import ModelPair
-from diffing_core.paired_pass import paired_pass
+from diffing_core.paired_pass import MethodResult, paired_pass
 
 VOCABULARY = 8192
 TOKENS_PER_BATCH = 2048
@@ -26,37 +26,35 @@ def streams(names: tuple[str, ...] | None = None) -> list[tuple]:
     return [(method, method.settings()) for method in found if names is None or method.name in names]
 
 
-def fold(pairs: list[ModelPair], probe: ProbeCorpus, names: tuple[str, ...] | None = None) -> dict[str, float]:
-    """One paired pass, finished tables included; returns the seconds of each method's own work.
-
-    Stored activations go to a folder that is thrown away.
-    """
-    own: dict[str, float] = {}
+def passed(pairs: list[ModelPair], probe: ProbeCorpus, names: tuple[str, ...] | None = None) -> list[MethodResult]:
+    """One paired pass, finished tables included. Stored activations go to a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as store:
-        for result in paired_pass(pairs, probe, streams(names), store=Path(store), tokens_per_batch=TOKENS_PER_BATCH):
-            if result.error is not None:
-                raise result.error
-            own[result.method.name] = result.cost.compute_s
-    return own
+        results = list(paired_pass(pairs, probe, streams(names), store=Path(store), tokens_per_batch=TOKENS_PER_BATCH))
+    for result in results:
+        if result.error is not None:
+            raise result.error
+    return results
 
 
-def over_floor(size: dict[str, int], n_tokens: int, names: tuple[str, ...] | None = None) -> tuple[float, dict[str, float]]:
+def over_floor(
+    pair: ModelPair, n_tokens: int, names: tuple[str, ...] | None = None, clock: Clock = cpu_s
+) -> tuple[float, dict[str, float]]:
     """A pass over two bare forwards of the same tokens, tables included, and the parts of that ratio."""
-    [pair] = cohort(1, **size)
-    plain = corpus(n_tokens, vocabulary=VOCABULARY)
+    plain = corpus(n_tokens, vocabulary=pair.common_vocab)
     bare_forwards(pair, itertools.islice(plain.batches(TOKENS_PER_BATCH), 1))
-    probe = WithFloor(plain.name, plain.sequences, plain.n_documents, pair=pair)
-    own: dict[str, float] = {}
-    whole = cpu_s(lambda: own.update(fold([pair], probe, names)))
+    probe = WithFloor(plain.name, plain.sequences, plain.n_documents, pair=pair, clock=clock)
+    results: list[MethodResult] = []
+    whole = clock(lambda: results.extend(passed([pair], probe, names)))
     floor = sum(probe.floor_s)
-    parts = {"two forwards (s)": floor, "pass (s)": whole - floor} | {name: seconds / floor for name, seconds in own.items()}
-    return (whole - floor) / floor, parts
+    own = {result.method.name: result.cost.compute_s / floor for result in results}
+    return (whole - floor) / floor, {"two forwards (s)": floor, "pass (s)": whole - floor} | own
 
 
 def single_methods(n_tokens: int = 32768) -> list[Figure]:
     """KL and diff mining alone, on the model size of the peer's measurement (it took 1.28 and 4.6)."""
     goals = {"kl": 1.15, "diff_mining": 1.6}
-    made = {name: over_floor(PEER, n_tokens, (name,)) for name in goals}
+    [pair] = cohort(1, **PEER)
+    made = {name: over_floor(pair, n_tokens, (name,)) for name in goals}
     return [
         Figure(f"{name}_over_two_forwards", made[name][0], "×", goal, "lower", made[name][1])
         for name, goal in goals.items()
@@ -65,7 +63,8 @@ def single_methods(n_tokens: int = 32768) -> list[Figure]:
 
 def family(n_tokens: int = 16384) -> list[Figure]:
     """All stream methods together on a model whose forward dominates; each method's own share as parts."""
-    ratio, parts = over_floor(LARGER, n_tokens)
+    [pair] = cohort(1, **LARGER)
+    ratio, parts = over_floor(pair, n_tokens)
     return [Figure("stream_family_over_two_forwards", ratio, "×", 1.10, "lower", parts)]
 
 
@@ -74,16 +73,18 @@ def cohort_of_eight(n_tokens: int = 2048) -> list[Figure]:
     pairs = cohort(8, **LARGER)
     probe = corpus(n_tokens, vocabulary=VOCABULARY)
     methods = ("kl", "norm_diff")
+    made: dict[str, list[MethodResult]] = {}
     taken = in_turn(
         {
-            "eight pairs (s)": lambda: [fold([pair], probe, methods) for pair in pairs],
-            "cohort of eight (s)": lambda: fold(pairs, probe, methods),
+            "eight pairs (s)": lambda: made.update(pairs=[each for pair in pairs for each in passed([pair], probe, methods)]),
+            "cohort of eight (s)": lambda: made.update(cohort=passed(pairs, probe, methods)),
         },
         1,
         cpu_s,
     )
     ratio = taken["cohort of eight (s)"] / taken["eight pairs (s)"]
-    return [Figure("cohort8_over_eight_pairs", ratio, "×", 0.60, "lower", taken)]
+    alike = [one.tables[name].equals(other.tables[name]) for one, other in zip(*made.values(), strict=True) for name in one.tables]
+    return [Figure("cohort8_over_eight_pairs", ratio, "×", 0.60, "lower", taken | {"share of equal tables": sum(alike) / len(alike)})]
 
 
 def memory_growth(short: int = 8192, long: int = 65536) -> list[Figure]:
@@ -100,5 +101,5 @@ def _peak_mb(n_tokens: int) -> float:
 
 
 if __name__ == "__main__":
-    fold(cohort(1, d_model=128, n_layers=4, vocabulary=VOCABULARY), corpus(int(sys.argv[1]), vocabulary=VOCABULARY))
+    passed(cohort(1, d_model=128, n_layers=4, vocabulary=VOCABULARY), corpus(int(sys.argv[1]), vocabulary=VOCABULARY))
     sys.stdout.write(f"{own_peak_mb()}\n")

@@ -42,9 +42,9 @@ class ActivationBlock:
 class ActivationStore:
     """The files below one folder, and which of them are being written in this pass.
 
-    Pairs of a cohort share their base: the first that asks for a writer of a file gets it, the others
-    get none. Two passes may write the same file aside of it; their contents are equal, the last
-    rename wins. As a context, it abandons what nobody finished when it ends.
+    Pairs of a cohort share their base, and so its writer: whichever of them comes first with a block writes it,
+    and one that fails leaves the file to the others. Two passes may write the same file aside of it; their
+    contents are equal, the last rename wins. As a context, it abandons what nobody finished when it ends.
     """
 
     def __init__(self, root: Path) -> None:
@@ -63,12 +63,31 @@ class ActivationStore:
         folder = self.root / re.sub(r"[^A-Za-z0-9.+-]", "_", revision) / corpus_hash
         return folder / f"layer_{layer}.{name_of(dtype)}.parquet"
 
-    def claim(self, file: Path, d_model: int, dtype: Any) -> "ActivationWriter | None":
-        """A writer, unless the file is complete or somebody in this pass already writes it."""
-        if file in self._writers or file.exists():
-            return None
-        self._writers[file] = ActivationWriter(file, d_model, dtype)
-        return self._writers[file]
+    def claim(self, file: Path, d_model: int, dtype: Any) -> "SharedWriter | None":
+        """One pair's hand on the file, unless it is complete."""
+        if file not in self._writers:
+            if file.exists():
+                return None
+            self._writers[file] = ActivationWriter(file, d_model, dtype)
+        return SharedWriter(self._writers[file])
+
+
+class SharedWriter:
+    """One pair's hand on a file that several pairs write together: all come with the same blocks in the same order."""
+
+    def __init__(self, file: "ActivationWriter") -> None:
+        self._file = file
+        self._n_rows = 0
+
+    def add(self, block: TokenBlock, vector_ND: Any) -> None:
+        """Adds the block's tokens with their vectors, unless another pair did already."""
+        if self._n_rows == self._file.n_rows:
+            self._file.add(block, vector_ND)
+        self._n_rows += len(block)
+
+    def close(self) -> None:
+        """Declares the file complete, unless another pair did already."""
+        self._file.close()
 
 
 class ActivationWriter:
@@ -85,6 +104,8 @@ class ActivationWriter:
             self._aside, _schema(self._width, facts), compression="none", use_dictionary=False
         )
         self._pending: list[pa.RecordBatch] = []
+        self._intact = True
+        self.n_rows = 0
 
     def add(self, block: TokenBlock, vector_ND: Any) -> None:
         """Adds the block's tokens with their vectors."""
@@ -98,11 +119,14 @@ class ActivationWriter:
         schema = self._writer.schema
         arrays = [pa.array(values, type=field.type) for values, field in zip(columns, schema, strict=False)]
         self._pending.append(pa.RecordBatch.from_arrays([*arrays, vectors], schema=schema))
+        self.n_rows += len(block)
         if sum(map(len, self._pending)) >= ROWS_PER_GROUP:
             self._flush()
 
     def close(self) -> None:
         """Declares the file complete."""
+        if not self._writer.is_open:
+            return
         self._flush()
         self._writer.close()
         os.replace(self._aside, self.path)
@@ -113,9 +137,12 @@ class ActivationWriter:
         self._aside.unlink(missing_ok=True)
 
     def _flush(self) -> None:
+        if not self._intact:
+            raise StorageError(f"{self.path} could not be written by another pair of this pass; run this pair again")
         if self._pending:
+            self._intact = False
             self._writer.write_table(pa.Table.from_batches(self._pending))
-            self._pending = []
+            self._pending, self._intact = [], True
 
 
 def name_of(dtype: Any) -> str:

@@ -1,8 +1,9 @@
 """A block of probe tokens with what base and tuned say about each of them.
 
-The paired pass cuts the valid tokens of a batch into blocks. Logits are computed for a block as a whole, which
-the head's product likes, and shown in tiles that fit in a core's cache, which everything after it likes; what one fold derives of a tile is shared with the rest. Nothing of shape [tokens, vocabulary] outlives
-its block.
+The valid tokens of a batch are one block, and folds of residuals see it whole. For folds of log-probabilities it is
+cut: logits are computed for pieces of many rows, which the head's product likes, and shown in tiles that fit in a
+core's cache, which everything after it likes. What one fold derives of a tile is shared with the rest. Nothing of
+shape [tokens, vocabulary] outlives its piece.
 
 Suffixes: N tokens of the block, D width, V vocabulary, K top-k.
 """
@@ -167,18 +168,30 @@ class TokenBlock:
         return self.tuned.residual(layer).float() - self.base.residual(layer).float()
 
 
-def tiles(blocks: Mapping[Any, TokenBlock], rows_together: int) -> Iterator[tuple[Any, TokenBlock]]:
-    """Cuts blocks of the same tokens alike, tile by tile and within it block by block.
+def pieces(blocks: Mapping[Any, TokenBlock], rows_together: int) -> Iterator[dict[Any, TokenBlock]]:
+    """Cuts blocks of the same tokens alike; sides in common stay in common."""
+    uses = _uses(blocks)
+    for rows in _cuts(blocks, rows_together):
+        shared: dict[int, Side] = {}
+        yield {key: _cut(block, rows, shared, uses) for key, block in blocks.items()}
 
-    Sides in common stay in common; what was derived of all others is free when the next block's turn comes.
-    """
-    uses = Counter(id(side) for block in blocks.values() for side in {block.base, block.tuned})
-    n_tokens = len(next(iter(blocks.values())))
-    for start in range(0, n_tokens, rows_together):
-        rows = slice(start, start + rows_together)
+
+def tiles(blocks: Mapping[Any, TokenBlock], rows_together: int) -> Iterator[tuple[Any, TokenBlock]]:
+    """As `pieces`, but block by block: what was derived of one is free when the next one's turn comes."""
+    uses = _uses(blocks)
+    for rows in _cuts(blocks, rows_together):
         shared: dict[int, Side] = {}
         for key, block in blocks.items():
             yield key, _cut(block, rows, shared, uses)
+
+
+def _uses(blocks: Mapping[Any, TokenBlock]) -> Mapping[int, int]:
+    return Counter(id(side) for block in blocks.values() for side in {block.base, block.tuned})
+
+
+def _cuts(blocks: Mapping[Any, TokenBlock], rows_together: int) -> Iterator[slice]:
+    n_tokens = max(map(len, blocks.values()), default=0)
+    yield from (slice(start, start + rows_together) for start in range(0, n_tokens, rows_together))
 
 
 def _cut(block: TokenBlock, rows: slice, shared: dict[int, Side], uses: Mapping[int, int]) -> TokenBlock:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffing_core.activations import ActivationStore
-from diffing_core.blocks import Side, StreamContext, TokenBlock, rows_per_block, rows_per_tile, tiles
+from diffing_core.blocks import Side, StreamContext, TokenBlock, pieces, rows_per_block, rows_per_tile, tiles
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
 from diffing_core.errors import DiffingError
@@ -28,6 +28,7 @@ from diffing_core.runs import Cost
 from diffing_core.settings import Settings
 
 TOKENS_PER_BATCH = 4096
+RESIDUAL_BYTES = 4 * 2**30
 METHOD_FAILURES = (DiffingError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError)
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ def paired_pass(
     Args:
         pairs: loaded pairs; sides that are the same object run once per batch.
         store: folder for activation Parquet, needed only by the method `activations`.
-        tokens_per_batch: padded tokens per forward; results do not depend on it.
+        tokens_per_batch: padded tokens per forward, fewer where many subjects' residuals would not fit
+            together; results do not depend on it.
     """
     shared = _Shared()
     with ActivationStore(store) if store else nullcontext() as shelf:
@@ -133,20 +135,29 @@ def paired_pass(
 def _feed(
     running: Sequence[_Running], pairs: Sequence[ModelPair], corpus: ProbeCorpus, tokens_per_batch: int, shared: _Shared
 ) -> None:
-    """Shows every block of the corpus to every fold."""
+    """Shows every token of the corpus to every fold: a batch at a time, or as few as the vocabulary's size allows."""
     layers = sorted({layer for each in running for layer in each.layers} | _last_layer_if_wanted(running))
     readers = [each for each in running if Need.LOGPROBS in each.method.needs]
     others = [each for each in running if Need.LOGPROBS not in each.method.needs]
-    tile_rows = rows_per_tile(_vocabulary(pairs), pairs[0].base.device)
+    vocab_size, device = max(pair.common_vocab for pair in pairs), pairs[0].base.device
+    block_rows, tile_rows = rows_per_block(vocab_size, device), rows_per_tile(vocab_size, device)
+    budget = min(tokens_per_batch, affordable_tokens(pairs, len(layers)))
     with torch.inference_mode(), track(sum(map(len, corpus.sequences)), "tokens", f"paired pass, {corpus.name}") as done:
-        for batch in corpus.batches(tokens_per_batch):
+        for batch in corpus.batches(budget):
             with shared:
                 going, states = _forward_all(running, batch, layers)
-            for blocks in _blocks(going, states, batch, corpus) if going else ():
-                _show(blocks, others)
-                if readers:
-                    _show_tiles(blocks, readers, tile_rows, shared)
+            whole = _whole_blocks(going, states, batch, corpus)
+            _show(whole, others)
+            for blocks in pieces(whole, block_rows) if readers else ():
+                _show_tiles(blocks, readers, tile_rows, shared)
             done(int(batch.mask_BT.sum()))
+
+
+def affordable_tokens(pairs: Sequence[ModelPair], n_layers: int) -> int:
+    """Tokens whose residuals of all subjects, which are alive together, take at most RESIDUAL_BYTES."""
+    base, n_subjects = pairs[0].base, len({id(side) for pair in pairs for side in (pair.base, pair.tuned)})
+    token_bytes = n_subjects * max(n_layers, 1) * base.d_model * base.dtype.itemsize
+    return max(1, RESIDUAL_BYTES // token_bytes)
 
 
 def _show(blocks: Mapping[int, TokenBlock], running: Sequence[_Running]) -> None:
@@ -170,10 +181,6 @@ def _show_tiles(
                         each.fail(error)
     for key, tile in tiles(blocks, tile_rows) if blocks else ():
         _show({key: tile}, readers)
-
-
-def _vocabulary(pairs: Sequence[ModelPair]) -> int:
-    return max(pair.common_vocab for pair in pairs)
 
 
 def _begin(
@@ -232,20 +239,17 @@ def _forward_all(
     return able, states
 
 
-def _blocks(
+def _whole_blocks(
     pairs: Sequence[ModelPair],
     states: Mapping[int, Mapping[int, Any]],
     batch: TokenBatch,
     corpus: ProbeCorpus,
-) -> Iterator[dict[int, TokenBlock]]:
-    """Cuts a batch into blocks, {id(pair): block} with the same tokens in each; sides in common are shared."""
+) -> dict[int, TokenBlock]:
+    """A batch's tokens that folds are shown, {id(pair): block}, the same in each; sides in common are shared."""
     facts = _token_facts(batch, corpus)
-    kept = np.flatnonzero(facts["position_N"] >= corpus.first_seen_S[facts["sequence_N"]])
-    step = rows_per_block(_vocabulary(pairs), pairs[0].base.device)
-    for start in range(0, len(kept), step):
-        rows = kept[start : start + step]
-        sides: dict[tuple[int, int], Side] = {}
-        yield {id(pair): _block(pair, states, facts, rows, sides) for pair in pairs}
+    rows = np.flatnonzero(facts["position_N"] >= corpus.first_seen_S[facts["sequence_N"]])
+    sides: dict[tuple[int, int], Side] = {}
+    return {id(pair): _block(pair, states, facts, rows, sides) for pair in pairs} if len(rows) else {}
 
 
 def _block(

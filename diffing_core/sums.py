@@ -55,15 +55,46 @@ class Grouping:
         order = np.argsort(group_M, kind="stable")
         self._rows = order if row_M is None else row_M[order]
         self.groups, self._starts, self.counts = np.unique(group_M[order], return_index=True, return_counts=True)
+        self._members: tuple[Any, Any] | None = None
 
     def sums(self, value_CN: np.ndarray) -> np.ndarray:
         """Sums of C quantities over each of the P groups, float64 [C, P]."""
         return np.add.reduceat(value_CN[:, self._rows], self._starts, axis=1, dtype=np.float64)
 
-    def vector_sums(self, vector_ND: Any) -> np.ndarray:
-        """Sums of torch vectors over each group, float64 [P, D]: one product, in the same order on any device."""
-        member_PM = np.repeat(np.eye(len(self.groups), dtype=np.float32), self.counts, axis=1)
-        return (torch.from_numpy(member_PM).to(vector_ND) @ vector_ND[self._rows]).cpu().double().numpy()
+    def vector_sums(self, vector_ND: Any) -> Any:
+        """Sums of torch vectors over each group, [P, D] where they lie: one product, in the same order on any device."""
+        if self._members is None:
+            member_PM = np.repeat(np.eye(len(self.groups), dtype=np.float32), self.counts, axis=1)
+            self._members = torch.from_numpy(member_PM).to(vector_ND), torch.from_numpy(self._rows).to(vector_ND.device)
+        member_PM, row_M = self._members
+        return member_PM @ vector_ND[row_M]
+
+
+class VectorSums:
+    """Sums of vectors by layer and group, float64 [L, G, D], where the vectors lie: adding never waits for a device.
+
+    Group 0 is every row.
+    """
+
+    def __init__(self, n_layers: int, n_groups: int, width: int, device: Any) -> None:
+        self._sums_LGD = torch.zeros(n_layers, n_groups, width, dtype=torch.float64, device=float64_device(device))
+
+    def add(self, place: int, vector_ND: Any, grouping: Grouping) -> None:
+        """Adds N rows at the layer of number `place`, once to group 0 and once to each of their groups."""
+        sums_GD = self._sums_LGD[place]
+        sums_GD[0] += vector_ND.sum(0).to(sums_GD.device)
+        if len(grouping.groups):
+            group_P = torch.from_numpy(grouping.groups).to(sums_GD.device)
+            sums_GD.index_add_(0, group_P, grouping.vector_sums(vector_ND).to(sums_GD))
+
+    def numpy(self) -> np.ndarray:
+        """The sums, [L, G, D]."""
+        return self._sums_LGD.cpu().numpy()
+
+
+def float64_device(device: Any) -> Any:
+    """The device itself, or the processor where a device has no float64 (Apple's)."""
+    return torch.device("cpu") if torch.device(device).type == "mps" else device
 
 
 class SparseSums:

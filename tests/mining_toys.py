@@ -1,6 +1,7 @@
 """Given differences in the place of models, mined: for the tests of `diff_mining`."""
 
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from diffing_core.methods.diff_mining.fold import DiffMiningFold
 
 PLAIN = {"min_probability": 0, "readable_only": False}
 ORDERINGS, VOCABULARY, TOPICS, POSITIONS, COOCCURRENCE, WINDOWS = (spec.name for spec in METHOD.tables)
+
+NOBODY = SimpleNamespace(device=torch.device("cpu"))  # a model that no fold under test runs
 
 
 class FakeSide:
@@ -51,7 +54,7 @@ def corpus_of(lengths: Iterable[int], vocab_size: int = 2) -> ProbeCorpus:
 def context_of(words: Iterable[str], corpus: ProbeCorpus) -> StreamContext:
     words = list(words)
     return StreamContext(
-        base=None, tuned=None, tokenizer=tokenizer_of(words), corpus=corpus,
+        base=NOBODY, tuned=NOBODY, tokenizer=tokenizer_of(words), corpus=corpus,
         n_layers=1, d_model=1, vocab_size=len(words),
     )  # fmt: skip
 

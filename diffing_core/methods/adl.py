@@ -24,6 +24,7 @@ from diffing_core.findings import Finding
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.position_labels import COUNTED_FROM, POSITION, PositionLabels
 from diffing_core.settings import Settings
+from diffing_core.sums import VectorSums
 from diffing_core.tables import Column, TableSpec
 
 
@@ -86,7 +87,8 @@ class AdlFold:
         self._settings = settings
         self._labels = PositionLabels(context.corpus, settings.positions, settings.before_answer)
         self._counts_G = np.zeros(len(self._labels), np.int64)
-        self._sums_2LGD = np.zeros((2, len(self._read_layers), len(self._labels), context.d_model))
+        shape = len(self._read_layers), len(self._labels), context.d_model
+        self._delta, self._base = (VectorSums(*shape, context.base.device) for _ in range(2))
 
     def update(self, block: TokenBlock) -> None:
         """Adds N tokens at every layer."""
@@ -95,15 +97,16 @@ class AdlFold:
         self._counts_G[0] += len(block)
         self._counts_G[grouping.groups] += grouping.counts
         for place, layer in enumerate(self._read_layers):
-            both = block.difference(layer), block.base.residual(layer).float()
-            for sum_GD, vector_ND in zip(self._sums_2LGD[:, place], both, strict=True):
-                sum_GD[0] += vector_ND.sum(0).cpu().double().numpy()
-                sum_GD[grouping.groups] += grouping.vector_sums(vector_ND)
+            self._delta.add(place, block.difference(layer), grouping)
+            self._base.add(place, block.base.residual(layer).float(), grouping)
 
     def finish(self) -> Tables:
         """The two tables; labels that no sequence has are left out."""
         kept = np.flatnonzero(self._counts_G)
-        delta_XD, base_XD = (self._sums_2LGD[:, :, kept] / self._counts_G[kept, None]).reshape(2, -1, self._context.d_model)
+        delta_XD, base_XD = (
+            (sums.numpy()[:, kept] / self._counts_G[kept, None]).reshape(-1, self._context.d_model)
+            for sums in (self._delta, self._base)
+        )
         labels = [self._labels.labels[number] for number in kept] * len(self._read_layers)
         places = {
             "layer": np.repeat(self._read_layers, len(kept)).tolist(),

@@ -25,7 +25,7 @@ from diffing_core.findings import Finding
 from diffing_core.lazy import torch
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.settings import Settings
-from diffing_core.sums import Grouping, SparseSums
+from diffing_core.sums import Grouping, SparseSums, VectorSums
 from diffing_core.tables import Column, TableSpec
 
 MOVEMENTS = ("norm", "relative_norm", "cosine_distance")
@@ -268,7 +268,7 @@ class _MeanVectors:
         self._keys += [("template_token", token) for token in self._template_ids.tolist()]
         self._counts_G = np.zeros(len(self._keys), np.int64)
         self._norms_LG = np.zeros((len(layers), len(self._keys)))
-        self._sums_LGD = np.zeros((len(layers), len(self._keys), context.d_model))
+        self._sums = VectorSums(len(layers), len(self._keys), context.d_model, context.base.device)
 
     def grouping(self, block: TokenBlock) -> Grouping:
         """Which tokens of a block count in which groups but the first."""
@@ -281,8 +281,7 @@ class _MeanVectors:
 
     def add(self, place: int, delta_ND: Any, grouping: Grouping) -> None:
         """Adds δ of N tokens at one layer."""
-        self._sums_LGD[place, 0] += delta_ND.sum(0).cpu().double().numpy()
-        self._sums_LGD[place, grouping.groups] += grouping.vector_sums(delta_ND)
+        self._sums.add(place, delta_ND, grouping)
 
     def count(self, base_norm_LN: np.ndarray, grouping: Grouping) -> None:
         """Adds the same tokens' number and ‖h_base‖ at every layer."""
@@ -294,7 +293,7 @@ class _MeanVectors:
     def table(self) -> pa.Table:
         """One row per layer and group that has a token."""
         kept = np.flatnonzero(self._counts_G)
-        mean_XD = (self._sums_LGD[:, kept] / self._counts_G[kept, None]).reshape(-1, self._context.d_model)
+        mean_XD = (self._sums.numpy()[:, kept] / self._counts_G[kept, None]).reshape(-1, self._context.d_model)
         base_norm_X = (self._norms_LG[:, kept] / self._counts_G[kept]).reshape(-1)
         norm_X = np.linalg.norm(mean_XD, axis=1)
         keys = [self._keys[group] for group in kept] * len(self._layers)

@@ -122,13 +122,11 @@ class ReadableTracesFold:
         group_M = slot_N[rows] * len(self._labels)
         group_M[len(chosen) :] += number_N[labelled]
         grouping = Grouping(group_M, rows)
-        norms = []
-        for delta_SGD, layer in zip(self._delta_LSGD, self._read_layers, strict=True):
-            delta_XD = delta_SGD.reshape(-1, self._context.d_model)
-            delta_XD[grouping.groups] += grouping.vector_sums(block.difference(layer))
-            norms.append(block.base.residual(layer).float().norm(dim=-1))
-        base_norm_LX = self._base_norm_LSG.reshape(len(norms), -1)
-        base_norm_LX[:, grouping.groups] += grouping.sums(torch.stack(norms).cpu().numpy())
+        sums_LPD = torch.stack([grouping.vector_sums(block.difference(layer)) for layer in self._read_layers])
+        norm_LN = torch.stack([block.base.residual(layer).float().norm(dim=-1) for layer in self._read_layers])
+        n_layers = len(self._read_layers)
+        self._delta_LSGD.reshape(n_layers, -1, self._context.d_model)[:, grouping.groups] += sums_LPD.cpu().numpy()
+        self._base_norm_LSG.reshape(n_layers, -1)[:, grouping.groups] += grouping.sums(norm_LN.cpu().numpy())
         self._count_SG.reshape(-1)[grouping.groups] += grouping.counts
 
     def finish(self) -> Tables:

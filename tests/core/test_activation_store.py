@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from diffing_core import activations
-from diffing_core.activations import ActivationBlock, ActivationStore, ActivationWriter, read_activations
+from diffing_core.activations import (
+    ROWS_PER_GROUP,
+    ActivationBlock,
+    ActivationStore,
+    ActivationWriter,
+    read_activations,
+)
 from diffing_core.blocks import TokenBlock
 from diffing_core.errors import StorageError
 
@@ -121,16 +127,37 @@ def test_two_writers_of_one_file_in_one_process_do_not_mix(tmp_path: Path) -> No
     assert torch.equal(next(read_activations(path)).vector_ND, vector_ND)
 
 
-def test_the_first_claim_gets_the_writer_and_the_others_none(tmp_path: Path) -> None:
+def test_pairs_that_share_a_file_write_every_block_once_whoever_fails(tmp_path: Path) -> None:
     store = ActivationStore(tmp_path)
     path = store.file(CONTENT, CORPUS, 1, torch.float32)
-    writer = store.claim(path, WIDTH, torch.float32)
-    assert writer is not None
-    assert store.claim(path, WIDTH, torch.float32) is None
-    assert store.claim(store.file(CONTENT, CORPUS, 2, torch.float32), WIDTH, torch.float32) is not None
-    writer.add(block(3), torch.zeros(3, WIDTH))
-    writer.close()
+    failing, going = (store.claim(path, WIDTH, torch.float32) for _ in range(2))
+    vector_ND = torch.randn(8, WIDTH)
+    for writer in (failing, going):
+        writer.add(block(3), vector_ND[:3])
+    going.add(block(5), vector_ND[3:])
+    going.close()
+    failing.close()
+    assert torch.equal(next(read_activations(path)).vector_ND, vector_ND)
     assert ActivationStore(tmp_path).claim(path, WIDTH, torch.float32) is None
+
+
+def test_a_file_that_could_not_be_written_is_finished_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_full(*_: object) -> None:
+        raise OSError("disk full")
+
+    store = ActivationStore(tmp_path)
+    path = store.file(CONTENT, CORPUS, 1, torch.float32)
+    first, second = (store.claim(path, WIDTH, torch.float32) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, "write_table", disk_full)
+        with pytest.raises(OSError, match="disk full"):
+            first.add(block(ROWS_PER_GROUP), torch.zeros(ROWS_PER_GROUP, WIDTH))
+    second.add(block(ROWS_PER_GROUP), torch.zeros(ROWS_PER_GROUP, WIDTH))
+    with pytest.raises(StorageError, match="another pair of this pass"):
+        second.close()
+    assert not path.exists()
 
 
 def test_an_unfinished_file_can_be_claimed_by_the_next_pass(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ import torch
 import transformers as tf
 
 from diffing_core import blocks as blocks_module
+from diffing_core import paired_pass as paired_pass_module
 from diffing_core.blocks import StreamContext, TokenBlock, pick_layers
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.errors import CorpusError, NotComputableError, UndeclaredNeedError
 from diffing_core.methods import get_method
 from diffing_core.methods.base import Inputs, Method, Need
 from diffing_core.models import ModelPair, Subject
-from diffing_core.paired_pass import MethodResult, paired_pass, timed_run
+from diffing_core.paired_pass import MethodResult, affordable_tokens, paired_pass, timed_run
 from diffing_core.pairs import Pair
 from diffing_core.settings import Settings
 from tests import model_files
@@ -410,3 +411,17 @@ def test_toolkit_defect_kl_needs_an_activation_cache(base: Subject, tuned: Subje
     [result] = paired_pass([pair_of(base, tuned)], corpus(), [(kl, kl.settings())], store=None)
     assert result.error is None
     assert result.tables["kl_tokens"].num_rows == sum(LENGTHS)
+
+
+def test_many_subjects_share_a_batch_of_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All subjects' residuals of a batch are alive together, so their number divides the tokens of a batch."""
+    base, *tuned = (Subject.of(model_files.build(seed=seed)) for seed in range(4))
+    pairs = [ModelPair(base, side, None, Pair("m", f"o{place}"), VOCAB) for place, side in enumerate(tuned)]
+    bytes_of_a_token = 2 * base.d_model * 4
+    monkeypatch.setattr(paired_pass_module, "RESIDUAL_BYTES", 48 * bytes_of_a_token)
+    assert affordable_tokens(pairs[:1], n_layers=2) == 24
+    assert affordable_tokens(pairs, n_layers=2) == 12
+    recorders: list[Recorder] = []
+    list(paired_pass(pairs, corpus(), [recording(recorders, layers=(0, 1))]))
+    assert max(recorders[0].sizes) <= 12
+    assert len(recorders[0].rows) == sum(LENGTHS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffing_core.sums import GroupedSums, Grouping, Moments, Rows, SparseSums
+from diffing_core.sums import GroupedSums, Grouping, Moments, Rows, SparseSums, VectorSums, float64_device
 
 SHARES = (0.01, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -142,3 +142,23 @@ def test_rows_come_back_in_one_order_whatever_the_blocks_were(seed: int) -> None
 
 def test_rows_never_added_are_no_columns() -> None:
     assert Rows().sorted_by("outer") == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vector_sums_by_layer_and_group_equal_numpy_in_any_blocks(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    vector_LND = draw.normal(size=(2, 60, 4))
+    group_N = draw.integers(0, 3, 60)  # group 0 has every row whatever it is called with
+    sums = VectorSums(2, 3, 4, torch.device("cpu"))
+    for part in parts(60, seed):
+        labelled = np.flatnonzero(group_N[part])
+        grouping = Grouping(group_N[part][labelled], labelled)
+        for layer in range(2):
+            sums.add(layer, torch.from_numpy(vector_LND[layer, part]), grouping)
+    np.testing.assert_allclose(sums.numpy()[:, 0], vector_LND.sum(1), rtol=1e-12)
+    for group in (1, 2):
+        np.testing.assert_allclose(sums.numpy()[:, group], vector_LND[:, group_N == group].sum(1), rtol=1e-12)
+
+
+def test_float64_sums_leave_a_device_that_has_no_float64() -> None:
+    assert [str(float64_device(torch.device(name))) for name in ("mps", "cpu", "cuda:1")] == ["cpu", "cpu", "cuda:1"]

@@ -3,43 +3,38 @@
 Suffixes: R positions read, V vocabulary, K top-k, G groups of entries that are listed as one.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from diffing_core.lazy import torch
 from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.evidence import DocumentSums, log_odds, q_values, sign_flip_p_values
 from diffing_core.methods.diff_mining.source import Reading
+from diffing_core.sums import float64_device
 
+OF_ROWS = ("difference", "base", "tuned", "positive")
 Statistics = dict[str, np.ndarray]  # a column of the vocabulary table [G] by its name
 
 
-@dataclass
 class TokenSums:
-    """Sums over all positions, per vocabulary entry [V]."""
+    """Sums over all positions, per vocabulary entry [V]; those of whole rows stay where the models are."""
 
-    difference_V: np.ndarray
-    base_V: np.ndarray
-    tuned_V: np.ndarray
-    positive_V: np.ndarray
-    top_V: np.ndarray
-    bottom_V: np.ndarray
-    n_positions: int = 0
+    def __init__(self, vocab_size: int, device: Any) -> None:
+        self._rows_SV = torch.zeros(len(OF_ROWS), vocab_size, dtype=torch.float64, device=float64_device(device))
+        self.top_V, self.bottom_V = np.zeros((2, vocab_size), np.int64)
+        self.n_positions = 0
 
-    @classmethod
-    def zeros(cls, vocab_size: int) -> "TokenSums":
-        """Nothing added yet."""
-        sums = (np.zeros(vocab_size) for _ in range(3))
-        counts = (np.zeros(vocab_size, np.int64) for _ in range(3))
-        return cls(*sums, *counts)
+    def of_rows(self) -> dict[str, np.ndarray]:
+        """Sums of OF_ROWS, by name."""
+        return dict(zip(OF_ROWS, self._rows_SV.cpu().numpy(), strict=True))
 
     def add(self, reading: Reading, top_RK: np.ndarray, bottom_RK: np.ndarray) -> None:
         """Adds R positions; the ids at both ends may be of fewer."""
-        self.difference_V += _over_positions(reading.difference_RV)
-        self.base_V += _over_positions(reading.base_probability_RV)
-        self.tuned_V += _over_positions(reading.tuned_probability_RV)
-        self.positive_V += _over_positions(reading.difference_RV.clamp(min=0).sign_()).astype(np.int64)
+        positive_RV = reading.difference_RV.clamp(min=0).sign_()
+        rows = reading.difference_RV, reading.base_probability_RV, reading.tuned_probability_RV, positive_RV
+        for sum_V, value_RV in zip(self._rows_SV, rows, strict=True):
+            sum_V += value_RV.sum(0).to(sum_V.device)
         self.top_V += np.bincount(top_RK.ravel(), minlength=len(self.top_V))
         self.bottom_V += np.bincount(bottom_RK.ravel(), minlength=len(self.bottom_V))
         self.n_positions += len(reading.sequence_R)
@@ -50,19 +45,19 @@ def statistics(sums: TokenSums, documents: DocumentSums, n_documents: int, setti
 
     Tested are groups that at least one model uses, in enough documents: a choice that is blind to signs.
     """
-    groups, n_positions = documents.groups, max(1, sums.n_positions)
+    groups, n_positions, of_rows = documents.groups, max(1, sums.n_positions), sums.of_rows()
     raised_G, lowered_G = documents.raised_G, documents.lowered_G
     top_G, bottom_G = groups.counts(sums.top_V), groups.counts(sums.bottom_V)
-    base_G, tuned_G = groups.sums(sums.base_V) / n_positions, groups.sums(sums.tuned_V) / n_positions
+    base_G, tuned_G = (groups.sums(of_rows[side]) / n_positions for side in ("base", "tuned"))
     tested_G = used(base_G, tuned_G, settings) & (raised_G + lowered_G >= settings.min_documents)
     p_G = np.where(tested_G, sign_flip_p_values(top_G - bottom_G, documents.squares_G), np.nan)
     odds_G, z_G = log_odds(raised_G, lowered_G, n_documents, settings.prior_weight)
     return {
         "token_id": groups.foremost(sums.top_V + sums.bottom_V),
-        "mean_difference": groups.means(sums.difference_V) / n_positions,
+        "mean_difference": groups.means(of_rows["difference"]) / n_positions,
         "count_top": top_G,
         "count_bottom": bottom_G,
-        "fraction_positive": groups.means(sums.positive_V) / n_positions,
+        "fraction_positive": groups.means(of_rows["positive"]) / n_positions,
         "documents_raised": raised_G,
         "documents_lowered": lowered_G,
         "log_odds": odds_G,
@@ -77,7 +72,3 @@ def statistics(sums: TokenSums, documents: DocumentSums, n_documents: int, setti
 def used(base_G: np.ndarray, tuned_G: np.ndarray, settings: DiffMiningSettings) -> np.ndarray:
     """Groups to which at least one model gives probability; d of the others is noise of untrained weights."""
     return np.maximum(base_G, tuned_G) >= settings.min_probability
-
-
-def _over_positions(values_RV: Any) -> np.ndarray:
-    return values_RV.sum(0).double().cpu().numpy()

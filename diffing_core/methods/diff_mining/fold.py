@@ -31,7 +31,7 @@ class DiffMiningFold:
         self.layers = self._source.layers
         self._clean_up = CleanUp.of(context, settings)
         self._positions = AnswerWindow(context.corpus, settings)
-        self._sums = TokenSums.zeros(context.vocab_size)
+        self._sums = TokenSums(context.vocab_size, context.base.device)
         groupings = [Groups.singly(context.vocab_size), *([self._clean_up.groups] if settings.merge_variants else [])]
         self._documents = DocumentCounts(context.vocab_size, *groupings)
         self._sample = PositionSample(settings.nmf_positions, self._k, settings.seed)

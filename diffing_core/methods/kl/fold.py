@@ -20,7 +20,7 @@ from diffing_core.methods.kl.declaration import (
     KlSettings,
 )
 from diffing_core.methods.kl.measures import DIVERGENCES, Measures, measure
-from diffing_core.sums import GroupedSums, Rows
+from diffing_core.sums import GroupedSums, Rows, float64_device
 
 EXAMPLES_OF = DIVERGENCES[:2]
 TILES_TOGETHER = 64
@@ -47,14 +47,13 @@ class KlFold:
         found = self._measure(block)
         for name, sum_V in found.vocabulary.items():
             if name not in self._sums_V:
-                self._sums_V[name] = torch.zeros_like(sum_V, dtype=torch.float64)
-            self._sums_V[name] += sum_V
-        columns = {name: values.cpu().numpy() for name, values in (found.token | found.favoured).items()}
+                self._sums_V[name] = torch.zeros(len(sum_V), dtype=torch.float64, device=float64_device(sum_V.device))
+            self._sums_V[name] += sum_V.to(self._sums_V[name].device)
+        read = {"token_id": block.token_N, "next_id": block.next_N}
+        columns = _to_host(found.token) | _to_host(found.favoured | read)
         columns |= {
             "sequence": block.sequence_N,
             "position": block.position_N,
-            "token_id": block.token_N.cpu().numpy(),
-            "next_id": block.next_N.cpu().numpy(),
             "role": block.role_N,
             "is_template": block.template_N,
         }
@@ -169,3 +168,7 @@ class KlFold:
     def _texts(self, ids: np.ndarray) -> list[str]:
         return self._context.token_texts(ids)
 
+
+def _to_host(columns: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Columns of one type in one copy: on a device each copy waits for all work before it."""
+    return dict(zip(columns, torch.stack(list(columns.values())).cpu().numpy(), strict=True))

@@ -8,6 +8,7 @@ import numpy as np
 from diffing_core.blocks import StreamContext
 from diffing_core.lazy import torch
 from diffing_core.methods.logit_lens.declaration import LogitLensSettings
+from diffing_core.sums import float64_device
 
 SCALARS = ("kl_nats", "js_nats", "cross_kl_nats", "argmax_differs")
 VECTORS = ("base_probability", "tuned_probability", "cross_probability", "delta_logprob")
@@ -19,16 +20,16 @@ class LayerReading:
     def __init__(self, layer: int, vocab_size: int, device: Any) -> None:
         self.layer = layer
         self._n_tokens = 0
-        self._scalars = dict.fromkeys((*SCALARS, "delta_logprob", "with_next"), 0.0)
-        self._vectors = {name: torch.zeros(vocab_size, dtype=torch.float64, device=device) for name in VECTORS}
+        kept = {"dtype": torch.float64, "device": float64_device(device)}
+        self._scalars = {name: torch.zeros((), **kept) for name in (*SCALARS, "delta_logprob", "with_next")}
+        self._vectors = {name: torch.zeros(vocab_size, **kept) for name in VECTORS}
 
     def add(self, n_tokens: int, scalars: Mapping[str, Any], vectors: Mapping[str, Any]) -> None:
         """Adds sums over some tokens."""
         self._n_tokens += n_tokens
-        for name, value in scalars.items():
-            self._scalars[name] += float(value)
-        for name, sum_V in vectors.items():
-            self._vectors[name] += sum_V
+        for sums, added in ((self._scalars, scalars), (self._vectors, vectors)):
+            for name, value in added.items():
+                sums[name] += value.to(sums[name].device)
 
     def mean_V(self, name: str) -> np.ndarray:
         """Mean of one of VECTORS over tokens."""
@@ -42,11 +43,12 @@ class LayerReading:
 
     def row(self) -> dict[str, Any]:
         """The scalars' means."""
-        means = {name: max(self._scalars[name] / max(self._n_tokens, 1), 0.0) for name in SCALARS}
+        sums = {name: value.item() for name, value in self._scalars.items()}
+        means = {name: max(sums[name] / max(self._n_tokens, 1), 0.0) for name in SCALARS}
         return means | {
             "layer": self.layer,
             "n_tokens": self._n_tokens,
-            "delta_logprob": self._scalars["delta_logprob"] / max(self._scalars["with_next"], 1),
+            "delta_logprob": sums["delta_logprob"] / max(sums["with_next"], 1),
         }
 
     def listable(self, context: StreamContext, settings: LogitLensSettings) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Movement of residuals against closed forms and against plain forwards."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ def folded(
     """The tables of made-up residuals at one layer."""
     n, width = base_ND.shape
     probe = ProbeCorpus("made-up", (ProbeSequence(np.zeros(n, np.int32), np.zeros(n, np.int8), np.zeros(n, bool)),), 1)
-    context = StreamContext(None, None, model_files.tokenizer(), probe, n_layers=1, d_model=width, vocab_size=VOCAB)
+    nobody = SimpleNamespace(device=torch.device("cpu"))
+    context = StreamContext(nobody, nobody, model_files.tokenizer(), probe, n_layers=1, d_model=width, vocab_size=VOCAB)
     fold = NormDiffFold(context, NormDiffSettings(**settings))
     token_N = torch.tensor(token_N or [2] * n)
     for rows in np.array_split(np.arange(n), blocks):
