@@ -101,7 +101,11 @@ class ActivationWriter:
         self._width = d_model * dtype.itemsize
         facts = {"d_model": str(d_model), "dtype": name_of(dtype)}
         self._writer = pq.ParquetWriter(
-            self._aside, _schema(self._width, facts), compression="none", use_dictionary=False
+            self._aside,
+            _schema(self._width, facts),
+            compression="none",
+            use_dictionary=False,
+            write_page_checksum=True,
         )
         self._pending: list[pa.RecordBatch] = []
         self._intact = True
@@ -120,14 +124,13 @@ class ActivationWriter:
         arrays = [pa.array(values, type=field.type) for values, field in zip(columns, schema, strict=False)]
         self._pending.append(pa.RecordBatch.from_arrays([*arrays, vectors], schema=schema))
         self.n_rows += len(block)
-        if sum(map(len, self._pending)) >= ROWS_PER_GROUP:
-            self._flush()
+        self._flush(ROWS_PER_GROUP)
 
     def close(self) -> None:
         """Declares the file complete."""
         if not self._writer.is_open:
             return
-        self._flush()
+        self._flush(1)
         self._writer.close()
         os.replace(self._aside, self.path)
 
@@ -136,13 +139,18 @@ class ActivationWriter:
         self._writer.close()
         self._aside.unlink(missing_ok=True)
 
-    def _flush(self) -> None:
+    def _flush(self, least: int) -> None:
+        """Writes full row groups, and the rest too if `least` rows are enough: groups of all files begin at the same rows."""
         if not self._intact:
             raise StorageError(f"{self.path} could not be written by another pair of this pass; run this pair again")
-        if self._pending:
-            self._intact = False
-            self._writer.write_table(pa.Table.from_batches(self._pending))
-            self._pending, self._intact = [], True
+        n_rows = sum(map(len, self._pending))
+        if n_rows < least:
+            return
+        pending = pa.Table.from_batches(self._pending)
+        written = n_rows if least < ROWS_PER_GROUP else n_rows - n_rows % ROWS_PER_GROUP
+        self._intact = False
+        self._writer.write_table(pending.slice(0, written), row_group_size=ROWS_PER_GROUP)
+        self._pending, self._intact = pending.slice(written).to_batches(), True
 
 
 def name_of(dtype: Any) -> str:
@@ -150,28 +158,71 @@ def name_of(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+class ActivationFile:
+    """One finished file, opened; rows are read by number, through a memory map and without a copy.
+
+    Raises:
+        StorageError: no such file, cut off, of other bytes than were written, or no activation file.
+    """
+
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=verify)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StorageError(f"{path} cannot be read ({error}); delete it and materialize `activations` again") from error
+        facts = {key.decode(): value.decode() for key, value in (self._file.schema_arrow.metadata or {}).items()}
+        if "dtype" not in facts:
+            raise StorageError(f"{path} is not an activation file: its schema names no dtype; delete and recompute it")
+        self.dtype: str = facts["dtype"]
+        self.d_model = int(facts["d_model"])
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes])
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens stored."""
+        return int(self._starts[-1])
+
+    def rows(self, start: int, stop: int) -> ActivationBlock:
+        """Rows start … stop − 1, whatever the row groups."""
+        first, last = np.searchsorted(self._starts, (start, max(start, stop - 1)), side="right") - 1
+        parts = [self._group(group) for group in range(first, last + 1)]
+        offset = int(self._starts[first])
+        table = pa.concat_tables(parts).slice(start - offset, stop - start).combine_chunks()
+        return _block(table, self.d_model, self.dtype)
+
+    def blocks(self) -> Iterator[ActivationBlock]:
+        """All rows, a row group at a time."""
+        for group in range(self._file.num_row_groups):
+            yield _block(self._group(group).combine_chunks(), self.d_model, self.dtype)
+
+    def _group(self, group: int) -> pa.Table:
+        try:
+            return self._file.read_row_group(group)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StorageError(
+                f"{self.path} is damaged in row group {group} ({error}); delete it and materialize `activations` again"
+            ) from error
+
+
 def read_activations(path: Path) -> Iterator[ActivationBlock]:
     """The rows of one file, a row group at a time; memory of one group, no copy of the vectors."""
-    file = pq.ParquetFile(path, memory_map=True)
-    facts = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
-    if "dtype" not in facts:
-        raise StorageError(f"{path} is not an activation file: its schema names no dtype; delete and recompute it")
-    for group in range(file.num_row_groups):
-        yield _block(file.read_row_group(group).combine_chunks(), int(facts["d_model"]), facts["dtype"])
+    yield from ActivationFile(path).blocks()
 
 
 def _block(table: pa.Table, d_model: int, dtype: str) -> ActivationBlock:
     columns = {name: table[name].chunk(0) for name in table.schema.names}
     kind = getattr(torch, dtype)
-    raw = columns["vector"].buffers()[1]
-    vector_ND = torch.frombuffer(memoryview(raw), dtype=kind, count=len(table) * d_model).view(len(table), d_model)
+    raw, start = columns["vector"].buffers()[1], columns["vector"].offset * d_model * kind.itemsize
+    vector_ND = torch.frombuffer(memoryview(raw), dtype=kind, count=len(table) * d_model, offset=start)
     return ActivationBlock(
         columns["sequence"].to_numpy(),
         columns["position"].to_numpy(),
         columns["token_id"].to_numpy(),
         columns["role"].to_numpy(),
         columns["is_template"].to_numpy(zero_copy_only=False),
-        vector_ND,
+        vector_ND.view(len(table), d_model),
     )
 
 

@@ -12,6 +12,7 @@ from diffing_core import activations
 from diffing_core.activations import (
     ROWS_PER_GROUP,
     ActivationBlock,
+    ActivationFile,
     ActivationStore,
     ActivationWriter,
     read_activations,
@@ -75,7 +76,7 @@ def test_facts_of_every_token_come_back_in_order(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(activations, "ROWS_PER_GROUP", 10)
     vector_ND = torch.randn(37, WIDTH)
     blocks = written(tmp_path / "a.parquet", *vector_ND.split([7, 1, 12, 17]))
-    assert [len(each.token_N) for each in blocks] == [20, 17]
+    assert [len(each.token_N) for each in blocks] == [10, 10, 10, 7], "groups of all files begin at the same rows"
     facts = block(37)
     for name in ("sequence_N", "position_N", "role_N", "template_N", "token_N"):
         expected = np.asarray(getattr(facts, name))
@@ -144,7 +145,7 @@ def test_pairs_that_share_a_file_write_every_block_once_whoever_fails(tmp_path: 
 def test_a_file_that_could_not_be_written_is_finished_by_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def disk_full(*_: object) -> None:
+    def disk_full(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
     store = ActivationStore(tmp_path)
@@ -189,3 +190,34 @@ def test_another_parquet_file_is_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"vector": [b"abcd"]}), tmp_path / "other.parquet")
     with pytest.raises(StorageError, match=r"other.parquet is not an activation file"):
         list(read_activations(tmp_path / "other.parquet"))
+
+
+def test_rows_are_read_by_number_across_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "ROWS_PER_GROUP", 10)
+    vector_ND = torch.randn(37, WIDTH).bfloat16()
+    written(tmp_path / "a.parquet", vector_ND)
+    file = ActivationFile(tmp_path / "a.parquet")
+    assert (file.n_rows, file.d_model, file.dtype) == (37, WIDTH, "bfloat16")
+    for start, stop in ((0, 37), (0, 10), (10, 20), (9, 11), (13, 14), (5, 31), (30, 37), (36, 37)):
+        rows = file.rows(start, stop)
+        assert torch.equal(rows.vector_ND, vector_ND[start:stop])
+        assert rows.token_N.tolist() == [1000 + index for index in range(start, stop)]
+
+
+def test_a_changed_byte_of_a_vector_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    vector_ND = torch.randn(500, 64)
+    written(path, vector_ND)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(vector_ND[250].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(StorageError, match=r"a.parquet is damaged in row group 0 .*CRC.*; delete it"):
+        list(read_activations(path))
+
+
+def test_a_file_that_was_cut_off_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    written(path, torch.randn(50, WIDTH))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(StorageError, match=r"a.parquet cannot be read .*; delete it and materialize `activations` again"):
+        ActivationFile(path)

@@ -1,0 +1,220 @@
+"""Stored activations of a pair as material to fit on: read together, chosen by predicate, shuffled in bounded memory.
+
+    material = PairedActivations([PairedFile.open("texts", base_file, tuned_file), …])
+    for rows in material.of(Selection(first_position=4)).shuffled(2048, seed=0): …
+
+Rows of base and tuned belong together by place and are checked by sequence, position and token; the two files may
+be cut into row groups differently. Row order on disk is longest sequences first, so whoever trains must shuffle:
+chunks of all corpora are drawn in random order into a pool of `pool_rows`, which is emptied in random order. Each
+corpus's chunks are spread evenly over the epoch, so that every pool holds corpora in the proportion of their sizes.
+
+Suffixes: N rows, D model width.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from diffing_core.activations import ROWS_PER_GROUP, ActivationFile
+from diffing_core.corpus import ROLES
+from diffing_core.errors import StorageError
+from diffing_core.lazy import torch
+from diffing_core.sampling import sampled
+from diffing_core.sums import Moments
+
+POOL_ROWS = 2**18
+TOKEN = ("sequence_N", "position_N", "token_N")
+FACTS = (*TOKEN, "role_N", "template_N")
+COLUMNS = ("corpus_N", *FACTS, "base_ND", "tuned_ND")
+
+
+@dataclass(frozen=True)
+class PairedRows:
+    """N tokens with both models' vectors [N, D], in the dtypes in which they are stored; `corpus_N` counts the files."""
+
+    corpus_N: np.ndarray
+    sequence_N: np.ndarray
+    position_N: np.ndarray
+    token_N: np.ndarray
+    role_N: np.ndarray
+    template_N: np.ndarray
+    base_ND: Any
+    tuned_ND: Any
+
+    def __len__(self) -> int:
+        return len(self.token_N)
+
+    @property
+    def difference_ND(self) -> Any:
+        """δ = tuned − base, float32: subtracted after the cast."""
+        return self.tuned_ND.float() - self.base_ND.float()
+
+    def take(self, rows: np.ndarray) -> Self:
+        """The rows of these numbers, in their order."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows are read.
+
+    Attributes:
+        first_position: rows before it are left out, in every sequence for itself.
+        roles: names of corpus.ROLES whose turns are read; None is all.
+        template: whether tokens of the chat template are read too.
+        part: rows to fit on, held-out rows, or all; whole sequences are held out, chosen by a hash.
+        held_out_share: of the sequences.
+    """
+
+    first_position: int = 0
+    roles: tuple[str, ...] | None = None
+    template: bool = True
+    part: Literal["all", "fit", "held_out"] = "all"
+    held_out_share: float = 0.1
+
+    def keeps(self, rows: PairedRows) -> np.ndarray:
+        """Bool [N]."""
+        kept_N = rows.position_N >= self.first_position
+        if self.roles is not None:
+            kept_N &= np.isin(rows.role_N, [ROLES.index(role) for role in self.roles])
+        if not self.template:
+            kept_N &= ~rows.template_N
+        if self.part != "all":
+            held_out_N = sampled(rows.sequence_N, np.zeros_like(rows.sequence_N), self.held_out_share)
+            kept_N &= held_out_N == (self.part == "held_out")
+        return kept_N
+
+
+@dataclass(frozen=True)
+class PairedFile:
+    """The files of both models over one corpus, at one layer."""
+
+    corpus: str
+    base: ActivationFile
+    tuned: ActivationFile
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens stored."""
+        return self.base.n_rows
+
+    @classmethod
+    def open(cls, corpus: str, base: Path, tuned: Path) -> "PairedFile":
+        """Opens both.
+
+        Raises:
+            StorageError: a file is missing, damaged or no activation file, or the two are of different size.
+        """
+        pair = cls(corpus, ActivationFile(base), ActivationFile(tuned))
+        for what in ("n_rows", "d_model"):
+            ours, theirs = getattr(pair.base, what), getattr(pair.tuned, what)
+            if ours != theirs:
+                raise StorageError(
+                    f"{base} and {tuned} do not belong together: {what} is {ours} and {theirs}; delete both and "
+                    "materialize `activations` again"
+                )
+        return pair
+
+    def rows(self, start: int, stop: int, number: int) -> PairedRows:
+        """Rows start … stop − 1 of both, marked with the file's number; StorageError where their tokens differ."""
+        base, tuned = self.base.rows(start, stop), self.tuned.rows(start, stop)
+        for name in TOKEN:
+            differs = np.flatnonzero(getattr(base, name) != getattr(tuned, name))
+            if len(differs):
+                raise StorageError(
+                    f"row {start + differs[0]} of {self.base.path} and of {self.tuned.path} are different tokens "
+                    f"({name[:-2]}); delete both and materialize `activations` again"
+                )
+        facts = {name: getattr(base, name) for name in FACTS}
+        corpus_N = np.full(len(base.token_N), number, np.int16)
+        return PairedRows(corpus_N, **facts, base_ND=base.vector_ND, tuned_ND=tuned.vector_ND)
+
+
+@dataclass(frozen=True)
+class PairedActivations:
+    """The chosen rows of a pair at one layer, over all its corpora."""
+
+    files: Sequence[PairedFile]
+    selection: Selection = field(default_factory=Selection)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.files[0].base.d_model
+
+    def of(self, selection: Selection) -> "PairedActivations":
+        """Other rows of the same files."""
+        return PairedActivations(self.files, selection)
+
+    def blocks(self) -> Iterator[PairedRows]:
+        """All chosen rows in stored order, at most ROWS_PER_GROUP at a time, none empty."""
+        for number, file in enumerate(self.files):
+            for start in range(0, file.n_rows, ROWS_PER_GROUP):
+                yield from self._chosen(number, start)
+
+    def shuffled(
+        self, batch_rows: int, *, seed: int, epochs: int | None = 1, pool_rows: int = POOL_ROWS
+    ) -> Iterator[PairedRows]:
+        """Batches of `batch_rows` rows in random order, each row once an epoch; endless if `epochs` is None.
+
+        What does not fill a batch begins the next pool; only the very last batch may be smaller. Memory: up to
+        three times `pool_rows` vectors of both models.
+        """
+        draw = np.random.default_rng(seed)
+        rest: list[PairedRows] = []
+        for pool in self._pools(draw, max(pool_rows, batch_rows), epochs):
+            mixed = joined([*rest, pool.take(draw.permutation(len(pool)))])
+            whole = len(mixed) - len(mixed) % batch_rows
+            yield from (mixed.take(np.arange(start, start + batch_rows)) for start in range(0, whole, batch_rows))
+            rest = [mixed.take(np.arange(whole, len(mixed)))]
+        yield from (each for each in rest if len(each))
+
+    def moments(self) -> dict[str, Moments]:
+        """Mean and variance per dimension of base, tuned and difference, in float64."""
+        found = {name: Moments(self.d_model) for name in ("base", "tuned", "difference")}
+        for rows in self.blocks():
+            for name, moments in found.items():
+                moments.add(getattr(rows, f"{name}_ND").float().numpy())
+        return found
+
+    def _pools(self, draw: np.random.Generator, pool_rows: int, epochs: int | None) -> Iterator[PairedRows]:
+        """Chosen rows of randomly ordered chunks, gathered until `pool_rows` are reached or an epoch ends."""
+        for _ in itertools.count() if epochs is None else range(epochs):
+            pool: list[PairedRows] = []
+            for number, start in self._chunk_order(draw):
+                pool += self._chosen(number, start)
+                if sum(map(len, pool)) >= pool_rows:
+                    yield joined(pool)
+                    pool = []
+            if pool:
+                yield joined(pool)
+
+    def _chunk_order(self, draw: np.random.Generator) -> list[tuple[int, int]]:
+        """Every chunk once; a corpus's chunks lie evenly spread, so that each stretch holds all in proportion."""
+        placed: list[tuple[float, int, int]] = []
+        for number, file in enumerate(self.files):
+            starts = draw.permutation(np.arange(0, file.n_rows, ROWS_PER_GROUP))
+            places = (np.arange(len(starts)) + draw.random()) / max(len(starts), 1)
+            placed += zip(places.tolist(), [number] * len(starts), starts.tolist(), strict=True)
+        return [(number, start) for _, number, start in sorted(placed)]
+
+    def _chosen(self, number: int, start: int) -> list[PairedRows]:
+        """The chosen rows of one chunk: one block, or none."""
+        file = self.files[number]
+        rows = file.rows(start, min(start + ROWS_PER_GROUP, file.n_rows), number)
+        kept_N = self.selection.keeps(rows)
+        if kept_N.all():
+            return [rows]
+        return [rows.take(np.flatnonzero(kept_N))] if kept_N.any() else []
+
+
+def joined(parts: Sequence[PairedRows]) -> PairedRows:
+    """One block of several, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {name: [getattr(part, name) for part in parts] for name in COLUMNS}
+    return PairedRows(**{name: torch.cat(each) if name.endswith("D") else np.concatenate(each) for name, each in columns.items()})
