@@ -1,7 +1,7 @@
 """Stored activations of a pair as material to fit on: read together, chosen by predicate, shuffled in bounded memory.
 
-    material = PairedActivations([PairedFile.open("texts", base_file, tuned_file), …])
-    for rows in material.of(Selection(first_position=4)).shuffled(2048, seed=0): …
+    stored = inputs[Need.ACTIVATIONS]                      # StoredPair: which layers, which corpora
+    for rows in stored.at(5).of(Selection(first_position=4)).shuffled(2048, seed=0): …
 
 Rows of base and tuned belong together by place and are checked by sequence, position and token; the two files may
 be cut into row groups differently. Row order on disk is longest sequences first, so whoever trains must shuffle:
@@ -19,11 +19,12 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from diffing_core.activations import ROWS_PER_GROUP, ActivationFile
-from diffing_core.corpus import ROLES
-from diffing_core.errors import StorageError
+from diffing_core.activations import ROWS_PER_GROUP, ActivationFile, ActivationStore
+from diffing_core.corpus import ROLES, ProbeCorpus
+from diffing_core.errors import NotComputableError, StorageError
 from diffing_core.lazy import torch
 from diffing_core.sampling import sampled
+from diffing_core.settings import short_hash
 from diffing_core.sums import Moments
 
 POOL_ROWS = 2**18
@@ -210,6 +211,54 @@ class PairedActivations:
         if kept_N.all():
             return [rows]
         return [rows.take(np.flatnonzero(kept_N))] if kept_N.any() else []
+
+
+@dataclass(frozen=True)
+class StoredPair:
+    """What is stored of a pair: the corpora it was probed with, and the layers at which both models' vectors are there.
+
+    `base` and `tuned` are (revision, dtype) of the two model states.
+    """
+
+    store: ActivationStore
+    base: tuple[str, Any]
+    tuned: tuple[str, Any]
+    corpora: tuple[ProbeCorpus, ...]
+
+    @property
+    def name(self) -> str:
+        """The corpora's names."""
+        return "+".join(corpus.name for corpus in self.corpora)
+
+    @property
+    def content_hash(self) -> str:
+        """Of all corpora, in their order."""
+        return short_hash([corpus.content_hash for corpus in self.corpora])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers at which both models' vectors are stored for every corpus.
+
+        Raises:
+            NotComputableError: there are none.
+        """
+        files = [(*side, corpus.content_hash) for side in (self.base, self.tuned) for corpus in self.corpora]
+        found = set.intersection(*(self.store.layers(revision, corpus, dtype) for revision, dtype, corpus in files))
+        if not found:
+            raise NotComputableError(
+                f"no layer is stored for both models on {self.name}; materialize `activations` of this pair first"
+            )
+        return tuple(sorted(found))
+
+    def at(self, layer: int) -> PairedActivations:
+        """All rows at one of `layers`."""
+        return PairedActivations([PairedFile.open(corpus.name, *self._files(corpus, layer)) for corpus in self.corpora])
+
+    def _files(self, corpus: ProbeCorpus, layer: int) -> tuple[Path, Path]:
+        base, tuned = (
+            self.store.file(revision, corpus.content_hash, layer, dtype) for revision, dtype in (self.base, self.tuned)
+        )
+        return base, tuned
 
 
 def joined(parts: Sequence[PairedRows]) -> PairedRows:

@@ -60,8 +60,16 @@ class ActivationStore:
 
     def file(self, revision: str, corpus_hash: str, layer: int, dtype: Any) -> Path:
         """Where the activations of one model state in one number format, one corpus and layer lie."""
-        folder = self.root / re.sub(r"[^A-Za-z0-9.+-]", "_", revision) / corpus_hash
-        return folder / f"layer_{layer}.{name_of(dtype)}.parquet"
+        return self._folder(revision, corpus_hash) / f"layer_{layer}.{name_of(dtype)}.parquet"
+
+    def layers(self, revision: str, corpus_hash: str, dtype: Any) -> set[int]:
+        """Layers of which there is a finished file."""
+        names = (file.name for file in self._folder(revision, corpus_hash).glob("layer_*.parquet"))
+        found = (re.fullmatch(rf"layer_(\d+)\.{name_of(dtype)}\.parquet", name) for name in names)
+        return {int(match[1]) for match in found if match}
+
+    def _folder(self, revision: str, corpus_hash: str) -> Path:
+        return self.root / re.sub(r"[^A-Za-z0-9.+-]", "_", revision) / corpus_hash
 
     def claim(self, file: Path, d_model: int, dtype: Any) -> "SharedWriter | None":
         """One pair's hand on the file, unless it is complete."""

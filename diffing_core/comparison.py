@@ -9,10 +9,12 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffing_core.activations import name_of
+from diffing_core.activation_pairs import StoredPair
+from diffing_core.activations import ActivationStore, name_of
 from diffing_core.checkpoints import token_id
 from diffing_core.corpus import ProbeCorpus, load_corpus
 from diffing_core.errors import NotComputableError
@@ -83,7 +85,7 @@ def compare(
     for model_pair in cohort:
         for method, settings in methods.items():
             if method.kind != "stream":
-                yield _ran(model_pair, method, settings, registry, lake)
+                yield _ran(model_pair, method, settings, registry, lake, store)
 
 
 def run_methods(pair: ModelPair, corpus: ProbeCorpus, names: Sequence[str]) -> "dict[str, pl.DataFrame]":
@@ -227,19 +229,36 @@ def _failing(outcomes: Collection[Outcome], pairs: Sequence[ModelPair]) -> Itera
                 outcome.error = outcome.error or error
 
 
-def _ran(pair: ModelPair, method: Method, settings: Settings, registry: Registry, lake: Lake) -> Outcome:
-    """A live or weights method on one pair."""
+def _ran(
+    pair: ModelPair, method: Method, settings: Settings, registry: Registry, lake: Lake, store: Path
+) -> Outcome:
+    """A method that is no stream method, on one pair; the data that it read is part of the result's identity."""
     outcome = Outcome(pair.pair, method)
     settings = settled(settings, pair.pair, registry)
-    result = timed_run(pair, method, settings, Inputs(method, _suppliers(pair, registry)))
-    _store(outcome, run_key(pair, method, settings), result, lake)
+    suppliers = _suppliers(pair, registry, store)
+    result = timed_run(pair, method, settings, Inputs(method, suppliers))
+    key = run_key(pair, method, settings)
+    if Need.ACTIVATIONS in method.needs and result.error is None:
+        stored = suppliers[Need.ACTIVATIONS]()
+        key = key.with_corpus(stored.name, stored.content_hash)
+    _store(outcome, key, result, lake)
     return outcome
 
 
-def _suppliers(pair: ModelPair, registry: Registry) -> dict[Need, Any]:
+def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, Any]:
     from diffing_core.weights import WeightPair
 
-    return {Need.MODELS: lambda: pair, Need.WEIGHTS: lambda: WeightPair.of(pair.pair, registry)}
+    return {
+        Need.MODELS: lambda: pair,
+        Need.WEIGHTS: lambda: WeightPair.of(pair.pair, registry),
+        Need.ACTIVATIONS: cache(lambda: _stored_pair(pair, registry, store)),
+    }
+
+
+def _stored_pair(pair: ModelPair, registry: Registry, store: Path) -> StoredPair:
+    """The stored activations of a pair on all its probe corpora."""
+    sides = ((side.revision, side.dtype) for side in (pair.base, pair.tuned))
+    return StoredPair(ActivationStore(store), *sides, tuple(load_corpora(pair.pair, pair.tokenizer, registry)))
 
 
 def run_key(pair: ModelPair, method: Method, settings: Settings) -> RunKey:

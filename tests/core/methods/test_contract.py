@@ -9,11 +9,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from diffing_core.activation_pairs import StoredPair
+from diffing_core.activations import ActivationStore
 from diffing_core.comparison import timed_run
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.errors import UndeclaredNeedError
 from diffing_core.findings import findings_table
-from diffing_core.methods import all_methods
+from diffing_core.methods import all_methods, get_method
 from diffing_core.methods.base import Inputs, Method, Need
 from diffing_core.models import ModelPair, Subject
 from diffing_core.paired_pass import MethodResult, paired_pass
@@ -63,10 +65,23 @@ class Planted:
             [result] = paired_pass([pair], probe, [(method, method.settings())], store=store, **options)
         else:
             weights = WeightPair.of_folders(getattr(self, f"{base}_folder"), getattr(self, f"{tuned}_folder"))
-            suppliers = {Need.MODELS: lambda: pair, Need.WEIGHTS: lambda: weights}
+            suppliers = {
+                Need.MODELS: lambda: pair,
+                Need.WEIGHTS: lambda: weights,
+                Need.ACTIVATIONS: lambda: stored_activations(pair, probe, store),
+            }
             result = timed_run(pair, method, method.settings(), Inputs(method, suppliers))
         assert result.error is None, result.error
         return result
+
+
+def stored_activations(pair: ModelPair, probe: ProbeCorpus, store: Path) -> StoredPair:
+    """Every layer's activations on disk."""
+    method = get_method("activations")
+    [written] = paired_pass([pair], probe, [(method, method.settings(layers=None))], store=store)
+    assert written.error is None, written.error
+    sides = ((side.revision, side.dtype) for side in (pair.base, pair.tuned))
+    return StoredPair(ActivationStore(store), *sides, (probe,))
 
 
 def plant(model: Any) -> None:
