@@ -35,11 +35,12 @@ class Listed(NamedTuple):
 class DirectionLens:
     """Reads directions through either side's norm and head; is fed the corpus to learn which tokens are in use."""
 
-    def __init__(self, context: StreamContext, min_probability: float) -> None:
+    def __init__(self, context: StreamContext, min_probability: float, *, share: float | None = None) -> None:
+        """`share`: of the tokens it is fed, that it reads; by default SAMPLED_TOKENS of the corpus."""
         self.layers = (context.n_layers - 1,)
         self._context = context
         self._min_probability = min_probability
-        self._share = min(1.0, SAMPLED_TOKENS / context.corpus.n_tokens)
+        self._share = min(1.0, SAMPLED_TOKENS / context.corpus.n_tokens) if share is None else share
         self._states: dict[str, list[Any]] = {"base": [], "tuned": []}
 
     def update(self, block: TokenBlock) -> None:
