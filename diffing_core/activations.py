@@ -116,7 +116,7 @@ class ActivationWriter:
             write_page_checksum=True,
         )
         self._pending: list[pa.RecordBatch] = []
-        self._intact = True
+        self._intact, self._finished = True, False
         self.n_rows = 0
 
     def add(self, block: TokenBlock, vector_ND: Any) -> None:
@@ -136,11 +136,13 @@ class ActivationWriter:
 
     def close(self) -> None:
         """Declares the file complete."""
-        if not self._writer.is_open:
+        if self._finished:
             return
         self._flush(1)
+        self._intact = False
         self._writer.close()
         os.replace(self._aside, self.path)
+        self._finished = True
 
     def abandon(self) -> None:
         """Leaves no trace of an unfinished file; a finished one stays."""

@@ -7,6 +7,8 @@ interventions go through nnsight.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from diffing_core.architecture import hidden_of
 from diffing_core.corpus import TokenBatch
 from diffing_core.lazy import torch
@@ -26,10 +28,11 @@ def capture_residuals(subject: Subject, batch: TokenBatch, layers: Sequence[int]
         return {}
     token_BT = torch.from_numpy(batch.token_BT).to(subject.device)
     mask_BT = torch.from_numpy(batch.mask_BT).to(subject.device)
+    valid_N = torch.from_numpy(np.flatnonzero(batch.mask_BT)).to(subject.device)
     captured: dict[int, Any] = {}
     last = max(layers)
     handles = [
-        subject.blocks[layer].register_forward_hook(_keep(captured, layer, mask_BT, ends=layer == last))
+        subject.blocks[layer].register_forward_hook(_keep(captured, layer, valid_N, ends=layer == last))
         for layer in layers
     ]
     try:
@@ -42,9 +45,9 @@ def capture_residuals(subject: Subject, batch: TokenBatch, layers: Sequence[int]
     return captured
 
 
-def _keep(captured: dict[int, Any], layer: int, mask_BT: Any, *, ends: bool) -> Callable[..., None]:
+def _keep(captured: dict[int, Any], layer: int, valid_N: Any, *, ends: bool) -> Callable[..., None]:
     def hook(_module: Any, _inputs: Any, output: Any) -> None:
-        captured[layer] = hidden_of(output)[mask_BT]
+        captured[layer] = hidden_of(output).flatten(0, 1).index_select(0, valid_N)
         if ends:
             raise _EndOfForward
 

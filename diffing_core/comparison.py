@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,8 +172,9 @@ def _load(spec: Corpus, model_name: str, tokenizer: Any, registry: Registry) -> 
         template_options={} if thinking is None else {"enable_thinking": thinking},
         replacements=replacements,
     )
+    corpus = corpus.skipping(model.skip_first_tokens)
     logger.log(logging.WARNING if corpus.left_out else logging.INFO, "%s", corpus)
-    return replace(corpus, skip_first_tokens=model.skip_first_tokens)
+    return corpus
 
 
 def _streamed(

@@ -104,6 +104,23 @@ class ProbeCorpus:
         left = "".join(f"; {n} left out: {why}" for why, n in sorted(self.left_out.items()))
         return f"{self.name}: {len(self.sequences)} of {self.n_documents} documents{left}"
 
+    def skipping(self, n_tokens: int) -> "ProbeCorpus":
+        """The corpus without the first tokens of every sequence; sequences of which nothing is left are left out, counted.
+
+        Raises:
+            CorpusError: nothing is left of any.
+        """
+        whole = replace(self, skip_first_tokens=n_tokens)
+        kept = [sequence for sequence, first in zip(self.sequences, whole.first_seen_S, strict=True) if len(sequence) > first]
+        n_lost = len(self.sequences) - len(kept)
+        if not kept:
+            raise CorpusError(
+                f"corpus {self.name!r}: none of its {n_lost} document(s) is longer than the {n_tokens} tokens that "
+                "skip_first_tokens of the model leaves out; point it at longer texts"
+            )
+        why = {f"no token after the first {n_tokens}": n_lost} if n_lost else {}
+        return replace(whole, sequences=tuple(kept), left_out={**self.left_out, **why})
+
     @property
     def _seen_S(self) -> np.ndarray:
         lengths_S = np.asarray([len(sequence) for sequence in self.sequences], np.int64)

@@ -73,6 +73,17 @@ class DirectionLens:
             for direction, parts in found.items()
         }
 
+    def read_states(self, side: str, state_MD: np.ndarray, top: int) -> Listed:
+        """The tokens likeliest after M states, through norm and head as they are."""
+        subject = getattr(self._context, side)
+        parts = [
+            self._likeliest(
+                subject.readout(chunk_MD.to(subject.device, subject.dtype))[:, : self._context.vocab_size].float(), top
+            )
+            for chunk_MD in self._chunks(torch.from_numpy(state_MD.astype(np.float32)))
+        ]
+        return Listed(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
     def _likeliest(self, logits_MV: Any, top: int) -> Listed:
         log_total_M1 = logits_MV.logsumexp(-1, keepdim=True)
         best = logits_MV[:, torch.from_numpy(self.vocabulary)].topk(min(top, len(self.vocabulary)), dim=-1)

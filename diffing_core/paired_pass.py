@@ -19,7 +19,7 @@ from diffing_core.activations import ActivationStore
 from diffing_core.blocks import Side, StreamContext, TokenBlock, pieces, rows_per_block, rows_per_tile, tiles
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
-from diffing_core.errors import DiffingError
+from diffing_core.errors import CorpusError, DiffingError
 from diffing_core.lazy import torch
 from diffing_core.methods.base import Fold, Inputs, Method, Need, Tables
 from diffing_core.models import ModelPair
@@ -123,7 +123,12 @@ def paired_pass(
         store: folder for activation Parquet, needed only by the method `activations`.
         tokens_per_batch: padded tokens per forward, fewer where many subjects' residuals would not fit
             together; results do not depend on it.
+
+    Raises:
+        CorpusError: all tokens of the corpus are skipped.
     """
+    if not corpus.n_tokens:
+        raise CorpusError(f"corpus {corpus.name!r} shows no token: all are skipped; give longer texts or skip fewer tokens")
     shared = _Shared()
     with ActivationStore(store) if store else nullcontext() as shelf:
         running = [_begin(pair, method, settings, corpus, shelf) for pair in pairs for method, settings in methods]
@@ -140,7 +145,7 @@ def _feed(
     readers = [each for each in running if Need.LOGPROBS in each.method.needs]
     others = [each for each in running if Need.LOGPROBS not in each.method.needs]
     vocab_size, device = max(pair.common_vocab for pair in pairs), pairs[0].base.device
-    block_rows, tile_rows = rows_per_block(vocab_size, device), rows_per_tile(vocab_size, device)
+    rows = rows_per_block(vocab_size, device), rows_per_tile(vocab_size, device)
     budget = min(tokens_per_batch, affordable_tokens(pairs, len(layers)))
     with torch.inference_mode(), track(sum(map(len, corpus.sequences)), "tokens", f"paired pass, {corpus.name}") as done:
         for batch in corpus.batches(budget):
@@ -148,16 +153,19 @@ def _feed(
                 going, states = _forward_all(running, batch, layers)
             whole = _whole_blocks(going, states, batch, corpus)
             _show(whole, others)
-            for blocks in pieces(whole, block_rows) if readers else ():
-                _show_tiles(blocks, readers, tile_rows, shared)
+            _show_pieces(whole, readers, rows, shared)
+            del states, whole  # else they would be alive together with the next batch's
             done(int(batch.mask_BT.sum()))
 
 
 def affordable_tokens(pairs: Sequence[ModelPair], n_layers: int) -> int:
-    """Tokens whose residuals of all subjects, which are alive together, take at most RESIDUAL_BYTES."""
-    base, n_subjects = pairs[0].base, len({id(side) for pair in pairs for side in (pair.base, pair.tuned)})
-    token_bytes = n_subjects * max(n_layers, 1) * base.d_model * base.dtype.itemsize
-    return max(1, RESIDUAL_BYTES // token_bytes)
+    """Tokens whose residuals of all subjects, which are alive together, take at most RESIDUAL_BYTES.
+
+    Where this cuts batches smaller for a cohort than for a pair alone, their results agree to rounding only.
+    """
+    subjects = {id(side): side for pair in pairs for side in (pair.base, pair.tuned)}
+    value_bytes = sum(side.dtype.itemsize for side in subjects.values())
+    return max(1, RESIDUAL_BYTES // (value_bytes * max(n_layers, 1) * pairs[0].base.d_model))
 
 
 def _show(blocks: Mapping[int, TokenBlock], running: Sequence[_Running]) -> None:
@@ -166,20 +174,33 @@ def _show(blocks: Mapping[int, TokenBlock], running: Sequence[_Running]) -> None
             each.update(blocks[id(each.pair)])
 
 
+def _show_pieces(
+    whole: Mapping[int, TokenBlock], readers: Sequence[_Running], rows: tuple[int, int], shared: _Shared
+) -> None:
+    """Shows a batch to those that read log-probabilities, in pieces and tiles of so many rows."""
+    block_rows, tile_rows = rows
+    going = {id(each.pair) for each in readers if each.error is None}
+    for piece in pieces({key: block for key, block in whole.items() if key in going}, block_rows):
+        _show_tiles(piece, readers, tile_rows, shared)
+
+
 def _show_tiles(
     blocks: dict[int, TokenBlock], readers: Sequence[_Running], tile_rows: int, shared: _Shared
 ) -> None:
     """Reads the logits of a block, then shows it tile by tile; nothing of it is left when this returns."""
     with shared:
         for key, block in list(blocks.items()):
+            going = [each for each in readers if id(each.pair) == key and each.error is None]
             try:
-                block.base.logits(), block.tuned.logits()
+                if going:
+                    block.base.logits(), block.tuned.logits()
+                else:
+                    del blocks[key]
             except METHOD_FAILURES as error:
                 del blocks[key]
-                for each in readers:
-                    if id(each.pair) == key:
-                        each.fail(error)
-    for key, tile in tiles(blocks, tile_rows) if blocks else ():
+                for each in going:
+                    each.fail(error)
+    for key, tile in tiles(blocks, tile_rows):
         _show({key: tile}, readers)
 
 
@@ -241,41 +262,40 @@ def _forward_all(
 
 def _whole_blocks(
     pairs: Sequence[ModelPair],
-    states: Mapping[int, Mapping[int, Any]],
+    states: dict[int, dict[int, Any]],
     batch: TokenBatch,
     corpus: ProbeCorpus,
 ) -> dict[int, TokenBlock]:
-    """A batch's tokens that folds are shown, {id(pair): block}, the same in each; sides in common are shared."""
+    """A batch's tokens that folds are shown, {id(pair): block}, the same in each; sides in common are shared.
+
+    `states` is used up: where rows must be copied, no layer is held twice for longer than its own copy takes.
+    """
     facts = _token_facts(batch, corpus)
     rows = np.flatnonzero(facts["position_N"] >= corpus.first_seen_S[facts["sequence_N"]])
-    sides: dict[tuple[int, int], Side] = {}
-    return {id(pair): _block(pair, states, facts, rows, sides) for pair in pairs} if len(rows) else {}
-
-
-def _block(
-    pair: ModelPair,
-    states: Mapping[int, Mapping[int, Any]],
-    facts: Mapping[str, np.ndarray],
-    rows: np.ndarray,
-    sides: dict[tuple[int, int], Side],
-) -> TokenBlock:
+    if not len(rows) or not pairs:
+        return {}
     contiguous = slice(int(rows[0]), int(rows[-1]) + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
-    for subject in (pair.base, pair.tuned):
-        key = (id(subject), pair.common_vocab)
-        if key not in sides:
-            residuals = {layer: hidden_ND[contiguous] for layer, hidden_ND in states[id(subject)].items()}
-            sides[key] = Side(residuals, subject.n_layers - 1, subject.readout, pair.common_vocab)
-    device = pair.base.device
-    return TokenBlock(
-        token_N=torch.from_numpy(facts["token_N"][rows]).to(device),
-        next_N=torch.from_numpy(facts["next_N"][rows]).to(device),
-        sequence_N=facts["sequence_N"][rows],
-        position_N=facts["position_N"][rows],
-        role_N=facts["role_N"][rows],
-        template_N=facts["template_N"][rows],
-        base=sides[id(pair.base), pair.common_vocab],
-        tuned=sides[id(pair.tuned), pair.common_vocab],
-    )
+    cut = {
+        key: {layer: layers.pop(layer)[contiguous] for layer in list(layers)} for key, layers in states.items()
+    }
+    sides: dict[tuple[int, int], Side] = {}
+    for pair in pairs:
+        for subject in (pair.base, pair.tuned):
+            key = (id(subject), pair.common_vocab)
+            if key not in sides:
+                sides[key] = Side(cut[id(subject)], subject.n_layers - 1, subject.readout, pair.common_vocab)
+    device = pairs[0].base.device
+    shared = {
+        "token_N": torch.from_numpy(facts["token_N"][rows]).to(device),
+        "next_N": torch.from_numpy(facts["next_N"][rows]).to(device),
+        **{name: facts[name][rows] for name in ("sequence_N", "position_N", "role_N", "template_N")},
+    }
+    return {
+        id(pair): TokenBlock(
+            **shared, base=sides[id(pair.base), pair.common_vocab], tuned=sides[id(pair.tuned), pair.common_vocab]
+        )
+        for pair in pairs
+    }
 
 
 def _token_facts(batch: TokenBatch, corpus: ProbeCorpus) -> dict[str, np.ndarray]:

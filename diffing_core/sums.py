@@ -55,7 +55,7 @@ class Grouping:
         order = np.argsort(group_M, kind="stable")
         self._rows = order if row_M is None else row_M[order]
         self.groups, self._starts, self.counts = np.unique(group_M[order], return_index=True, return_counts=True)
-        self._members: tuple[Any, Any] | None = None
+        self._members: tuple[Any, Any, Any] | None = None
 
     def sums(self, value_CN: np.ndarray) -> np.ndarray:
         """Sums of C quantities over each of the P groups, float64 [C, P]."""
@@ -63,15 +63,25 @@ class Grouping:
 
     def vector_sums(self, vector_ND: Any) -> Any:
         """Sums of torch vectors over each group, [P, D] where they lie: one product, in the same order on any device."""
+        member_PM, row_M, _ = self._on(vector_ND.device)
+        return member_PM.to(vector_ND.dtype) @ vector_ND[row_M]
+
+    def add_to(self, sums_GD: Any, vector_ND: Any) -> None:
+        """Adds the sums over each group to its row of `sums_GD`."""
+        if len(self.groups):
+            *_, group_P = self._on(vector_ND.device)
+            sums_GD.index_add_(0, group_P.to(sums_GD.device), self.vector_sums(vector_ND).to(sums_GD))
+
+    def _on(self, device: Any) -> tuple[Any, Any, Any]:
+        """Membership [P, M], rows [M] and groups [P] on the device; copied once, since each copy waits for it."""
         if self._members is None:
             member_PM = np.repeat(np.eye(len(self.groups), dtype=np.float32), self.counts, axis=1)
-            self._members = torch.from_numpy(member_PM).to(vector_ND), torch.from_numpy(self._rows).to(vector_ND.device)
-        member_PM, row_M = self._members
-        return member_PM @ vector_ND[row_M]
+            self._members = tuple(torch.from_numpy(each).to(device) for each in (member_PM, self._rows, self.groups))
+        return self._members
 
 
 class VectorSums:
-    """Sums of vectors by layer and group, float64 [L, G, D], where the vectors lie: adding never waits for a device.
+    """Sums of vectors by layer and group, float64 [L, G, D], where the vectors lie, so that adding does not fetch them.
 
     Group 0 is every row.
     """
@@ -83,9 +93,7 @@ class VectorSums:
         """Adds N rows at the layer of number `place`, once to group 0 and once to each of their groups."""
         sums_GD = self._sums_LGD[place]
         sums_GD[0] += vector_ND.sum(0).to(sums_GD.device)
-        if len(grouping.groups):
-            group_P = torch.from_numpy(grouping.groups).to(sums_GD.device)
-            sums_GD.index_add_(0, group_P, grouping.vector_sums(vector_ND).to(sums_GD))
+        grouping.add_to(sums_GD, vector_ND)
 
     def numpy(self) -> np.ndarray:
         """The sums, [L, G, D]."""

@@ -7,7 +7,8 @@ For each layer and position p, over many texts that have nothing to do with the 
 is read through the final norm and the head: p⁺ = softmax(W_U γ⊙δ̂), p⁻ = softmax(−W_U γ⊙δ̂), δ̂ of unit
 root mean square (see `diffing_core.direction_lens`). Both models' heads decode it. Positions count from the
 start of a text, and in a chat from the first token of the answer (negative ones lie in the template before
-it); one more vector is the mean over every token. All layers in the same pass.
+it); one more vector is the mean over every token. All layers in the same pass. Beside the difference stands what
+the mean activations of base and tuned themselves predict, so that one sees what is said by the text alone.
 
 Reference: https://arxiv.org/abs/2510.13900
 """
@@ -75,6 +76,22 @@ TOKENS = TableSpec(
     ),
 )
 
+STATES = TableSpec(
+    "adl_states",
+    "Tokens that the mean activations themselves predict, each through its own model's norm and head.",
+    ("layer", "counted_from", "position", "side", "rank"),
+    (
+        LAYER,
+        COUNTED_FROM,
+        POSITION,
+        Column("side", "string", "Whose mean activation it is: base or tuned.", role="key"),
+        Column("rank", "int32", "1 is likeliest.", role="key"),
+        Column("token_id", "int32", "Vocabulary index."),
+        Column("token", "string", "The token as text."),
+        Column("probability", "float64", "Of all tokens; only readable ones in use are listed.", "", low=0, high=1.0001),
+    ),
+)
+
 
 class AdlFold:
     """Sums of δ and of h_base per layer and label."""
@@ -101,7 +118,7 @@ class AdlFold:
             self._base.add(place, block.base.residual(layer).float(), grouping)
 
     def finish(self) -> Tables:
-        """The two tables; labels that no sequence has are left out."""
+        """The three tables; labels that no sequence has are left out."""
         kept = np.flatnonzero(self._counts_G)
         delta_XD, base_XD = (
             (sums.numpy()[:, kept] / self._counts_G[kept, None]).reshape(-1, self._context.d_model)
@@ -124,7 +141,26 @@ class AdlFold:
                 "vector": delta_XD.astype(np.float32),
             }
         )
-        return {VECTORS.name: vectors, TOKENS.name: self._token_table(places, delta_XD)}
+        states = {"base": base_XD, "tuned": base_XD + delta_XD}
+        return {
+            VECTORS.name: vectors,
+            TOKENS.name: self._token_table(places, delta_XD),
+            STATES.name: self._state_table(places, states),
+        }
+
+    def _state_table(self, places: dict[str, list[Any]], states: dict[str, np.ndarray]) -> pa.Table:
+        columns: dict[str, list[Any]] = {name: [] for name in STATES.schema.names}
+        for side, mean_XD in states.items():
+            listed = self._lens.read_states(side, mean_XD, self._settings.top_tokens)
+            n_listed = listed.token_MK.shape[1]
+            for name, values in places.items():
+                columns[name] += np.repeat(np.asarray(values, object), n_listed).tolist()
+            columns["side"] += [side] * listed.token_MK.size
+            columns["rank"] += [*range(1, n_listed + 1)] * len(mean_XD)
+            columns["token_id"] += listed.token_MK.reshape(-1).tolist()
+            columns["probability"] += listed.probability_MK.reshape(-1).tolist()
+        columns["token"] = self._context.token_texts(columns["token_id"])
+        return STATES.table(columns)
 
     def _token_table(self, places: dict[str, list[Any]], delta_XD: np.ndarray) -> pa.Table:
         rows = np.flatnonzero(delta_XD.any(1))
@@ -171,11 +207,11 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="adl",
-    version="2",
+    version="3",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=AdlSettings,
-    tables=(VECTORS, TOKENS),
+    tables=(VECTORS, TOKENS, STATES),
     reference="https://arxiv.org/abs/2510.13900",
     findings=findings,
     headline=headline,

@@ -44,7 +44,7 @@ class NormDiffSettings(Settings):
     positions: int = Field(5, ge=0, description="Leading positions with a mean vector of their own.")
     template_tokens: int = Field(32, ge=0, description="Commonest template tokens with a mean vector of their own.")
     exact_values: int = Field(
-        2**24, ge=0, description="Values kept for exact quantiles, 4 bytes each, all layers and statistics together."
+        2**27, ge=0, description="Values kept for exact quantiles, 4 bytes each, all layers and statistics together."
     )
     shown: int = Field(30, ge=1, description="Findings shown.")
 

@@ -161,6 +161,27 @@ def test_a_file_that_could_not_be_written_is_finished_by_nobody(
     assert not path.exists()
 
 
+def test_a_file_whose_end_could_not_be_written_is_published_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ActivationStore(tmp_path)
+    path = store.file(CONTENT, CORPUS, 1, torch.float32)
+    first, second = (store.claim(path, WIDTH, torch.float32) for _ in range(2))
+    for writer in (first, second):
+        writer.add(block(3), torch.zeros(3, WIDTH))
+
+    def disk_full(_writer: pq.ParquetWriter) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, "close", disk_full)
+        with pytest.raises(OSError, match="disk full"):
+            first.close()
+    with pytest.raises(StorageError, match="another pair of this pass"):
+        second.close()
+    assert not path.exists()
+
+
 def test_an_unfinished_file_can_be_claimed_by_the_next_pass(tmp_path: Path) -> None:
     with ActivationStore(tmp_path) as store:
         path = store.file(CONTENT, CORPUS, 1, torch.float32)

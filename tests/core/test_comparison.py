@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from diffing_core import comparison
 from diffing_core.comparison import Outcome, compare, load_corpora, run_key, run_methods, settled, store_expression
+from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.errors import CorpusError, ModelLoadError, NotComputableError, RegistryError, TableError
 from diffing_core.expression import EXPRESSION, ExpressionSettings
 from diffing_core.findings import FINDINGS
@@ -448,7 +449,8 @@ def test_run_methods_gives_frames_equal_to_what_is_stored(folder: Path, tmp_path
 
 def test_run_methods_raises_what_a_method_raised() -> None:
     pair = ModelPair.of(model_files.build(), model_files.build(seed=1), model_files.tokenizer())
-    corpus = comparison.ProbeCorpus("x", (), 0)
+    sequence = ProbeSequence(np.zeros(3, np.int32), np.zeros(3, np.int8), np.zeros(3, bool))
+    corpus = ProbeCorpus("x", (sequence,), 1)
     with pytest.raises(NotComputableError, match="give paired_pass a `store` folder"):
         run_methods(pair, corpus, ["activations"])
 

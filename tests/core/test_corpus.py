@@ -477,3 +477,14 @@ def test_a_template_that_cannot_be_followed_is_told(tmp_path: Path, tokenizer: A
 def test_texts_without_two_tokens_are_refused(tokenizer: Any) -> None:
     with pytest.raises(CorpusError, match=r"corpus 'texts': none of 2 document\(s\) .*shorter than 2"):
         corpus_of_texts(["", "a"], tokenizer)
+
+
+def test_a_document_of_which_nothing_is_seen_is_counted_as_left_out() -> None:
+    sequences = tuple(
+        ProbeSequence(np.zeros(n, np.int32), np.zeros(n, np.int8), np.zeros(n, bool)) for n in (3, 9, 4)
+    )
+    part = ProbeCorpus("texts", sequences, 3).skipping(4)
+    assert str(part) == "texts: 1 of 3 documents; 2 left out: no token after the first 4"
+    assert part.n_tokens == 5
+    with pytest.raises(CorpusError, match=r"'texts': none of its 3 document\(s\) is longer than the 9 tokens"):
+        ProbeCorpus("texts", sequences, 3).skipping(9)

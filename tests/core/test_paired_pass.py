@@ -5,7 +5,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +405,49 @@ def test_no_tensor_over_tokens_and_vocabulary_outlives_its_block(base: Subject, 
     assert len(seen) > 4
 
 
+def test_nothing_of_a_batch_is_alive_when_the_next_one_is_run(
+    base: Subject, tuned: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a batch would take the room of two."""
+    held: list[weakref.ref] = []
+    forward, n_batches = paired_pass_module._forward_all, 0
+
+    def watched(*given: Any) -> Any:
+        nonlocal n_batches
+        gc.collect()
+        assert [each for each in (ref() for ref in held) if each is not None] == []
+        going, states = forward(*given)
+        held.extend(weakref.ref(state_ND.untyped_storage()) for layers in states.values() for state_ND in layers.values())
+        n_batches += 1
+        return going, states
+
+    class Watcher(Recorder):
+        def update(self, block: TokenBlock) -> None:
+            held.extend(weakref.ref(side.logits().untyped_storage()) for side in (block.base, block.tuned))
+
+    monkeypatch.setattr(paired_pass_module, "_forward_all", watched)
+    watching = method("watcher", BOTH, start=lambda *_: Watcher(layers=(0, 1))), Settings()
+    [result] = paired_pass([pair_of(base, tuned)], corpus(skip=2), [watching], tokens_per_batch=24)
+    assert result.error is None, result.error
+    assert n_batches > 1
+
+
+def test_a_head_that_fails_is_asked_once(base: Subject, tuned: Subject, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Subject):
+        def readout(self, residual_ND: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("the head broke")
+
+    broken = Broken(tuned.module, revision="broken")
+    results = list(paired_pass([pair_of(base, broken)], corpus(), [recording([], logprobs=True)], tokens_per_batch=12))
+    assert [str(result.error) for result in results] == ["the head broke"]
+    assert caplog.text.count("RuntimeError: the head broke") == 1
+
+
+def test_a_corpus_of_which_nothing_is_seen_is_refused(base: Subject, tuned: Subject) -> None:
+    with pytest.raises(CorpusError, match=r"'probe' shows no token: all are skipped"):
+        list(paired_pass([pair_of(base, tuned)], corpus(skip=12), [recording([])]))
+
+
 def test_toolkit_defect_kl_needs_an_activation_cache(base: Subject, tuned: Subject) -> None:
     """Run alone it loaded both models and then failed on a missing file."""
     kl = get_method("kl")
@@ -421,6 +464,8 @@ def test_many_subjects_share_a_batch_of_fewer_tokens(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(paired_pass_module, "RESIDUAL_BYTES", 48 * bytes_of_a_token)
     assert affordable_tokens(pairs[:1], n_layers=2) == 24
     assert affordable_tokens(pairs, n_layers=2) == 12
+    full = Subject.of(model_files.build(seed=9).double())
+    assert affordable_tokens([replace(pairs[0], tuned=full)], n_layers=2) == 16, "each subject in its own number format"
     recorders: list[Recorder] = []
     list(paired_pass(pairs, corpus(), [recording(recorders, layers=(0, 1))]))
     assert max(recorders[0].sizes) <= 12

@@ -45,7 +45,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="kl",
-    version="2",
+    version="3",
     kind="stream",
     needs=frozenset({Need.LOGPROBS}),
     settings=KlSettings,

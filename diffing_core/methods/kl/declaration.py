@@ -29,6 +29,14 @@ def _divergences(role: str) -> tuple[Column, ...]:
     )
 
 
+MEANS = (
+    Column("argmax_differs", "float64", "Share of tokens after which the two favour different ones.", "", "effect",
+           low=0, high=1),
+    Column("delta_logprob", "float64", "Mean of log p of the true next token, tuned − base; null where none follows.",
+           "nats", "effect", True, signed=True),
+    Column("base_entropy_nats", "float64", "Mean entropy of the base's predictions.", NATS),
+    Column("tuned_entropy_nats", "float64", "Mean entropy of the tuned model's predictions.", NATS),
+)  # fmt: skip
 TOKENS = TableSpec(
     "kl_tokens",
     "How far the two models' predictions differ after each probe token.",
@@ -61,10 +69,9 @@ SEQUENCES = TableSpec(
         Column("n_tokens", "int32", "Tokens read.", role="count"),
         *_divergences("effect"),
         Column("max_kl_nats", "float64", "Largest KL(tuned ‖ base) of a token.", "nats", "effect", low=0),
-        Column("argmax_differs", "float64", "Share of tokens after which the two favour different ones.", "", "effect",
-               low=0, high=1),
+        *MEANS,
     ),
-)  # fmt: skip
+)
 POSITIONS = TableSpec(
     "kl_positions",
     "Mean divergence by position, speaker and template flag.",
@@ -75,6 +82,7 @@ POSITIONS = TableSpec(
         Column("is_template", "bool", "Whether the tokens belong to the chat template.", role="key"),
         Column("n_tokens", "int64", "Tokens averaged.", role="count"),
         *_divergences("effect"),
+        *MEANS,
     ),
 )
 VOCABULARY = TableSpec(

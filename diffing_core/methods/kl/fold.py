@@ -23,6 +23,7 @@ from diffing_core.methods.kl.measures import DIVERGENCES, Measures, measure
 from diffing_core.sums import GroupedSums, Rows, float64_device
 
 EXAMPLES_OF = DIVERGENCES[:2]
+AVERAGED = (*DIVERGENCES, "argmax_differs", "delta_logprob", "base_entropy_nats", "tuned_entropy_nats")
 TILES_TOGETHER = 64
 
 
@@ -36,8 +37,7 @@ class KlFold:
         self._n_listed = context.corpus.sequences_within(settings.token_rows)
         self._waiting: list[dict[str, np.ndarray]] = []
         self._rows = Rows()
-        self._by_sequence = GroupedSums(*DIVERGENCES, "argmax_differs")
-        self._by_place = GroupedSums(*DIVERGENCES)
+        self._by_sequence, self._by_place = (GroupedSums(*AVERAGED, "followed") for _ in range(2))
         self._by_token = {place: GroupedSums("kl_nats", "square") for place in ("read", "next")}
         self._sums_V: dict[str, Any] = {}
         self._examples = TopExamples(len(EXAMPLES_OF), settings.examples)
@@ -86,10 +86,12 @@ class KlFold:
         rows = {name: np.concatenate([columns[name] for columns in self._waiting]) for name in self._waiting[0]}
         self._waiting = []
         rows["argmax_differs"] = rows["base"] != rows["tuned"]
+        rows["followed"] = rows["next_id"] >= 0
+        rows["delta_logprob"] = np.where(rows["followed"], rows["delta_logprob"], 0)
         self._by_sequence.add(rows["sequence"], rows)
         self._by_place.add((rows["position"] * len(ROLES) + rows["role"]) * 2 + rows["is_template"], rows)
         kl = {"kl_nats": rows["kl_nats"], "square": rows["kl_nats"].astype(np.float64) ** 2}
-        follows = rows["next_id"] >= 0
+        follows = rows["followed"]
         self._by_token["read"].add(rows["token_id"], kl)
         self._by_token["next"].add(rows["next_id"][follows], {name: values[follows] for name, values in kl.items()})
         self._examples.add(rows["sequence"], rows["position"], np.stack([rows[name] for name in EXAMPLES_OF]))
@@ -116,16 +118,14 @@ class KlFold:
 
     def _sequences(self) -> pa.Table:
         sums = self._by_sequence
-        means = {name: sums.mean(name) for name in (*DIVERGENCES, "argmax_differs")}
         return SEQUENCES.table(
-            means | {"sequence": sums.groups, "n_tokens": sums.count(), "max_kl_nats": sums.maximum("kl_nats")}
+            _means(sums) | {"sequence": sums.groups, "n_tokens": sums.count(), "max_kl_nats": sums.maximum("kl_nats")}
         )
 
     def _positions(self) -> pa.Table:
         places = self._by_place.groups
-        means = {name: self._by_place.mean(name) for name in DIVERGENCES}
         return POSITIONS.table(
-            means
+            _means(self._by_place)
             | {
                 "position": places // (2 * len(ROLES)),
                 "speaker": np.take(ROLES, places // 2 % len(ROLES)),
@@ -167,6 +167,14 @@ class KlFold:
 
     def _texts(self, ids: np.ndarray) -> list[str]:
         return self._context.token_texts(ids)
+
+
+def _means(sums: GroupedSums) -> dict[str, Any]:
+    """Means of AVERAGED by group; that of delta_logprob over the tokens that another one follows."""
+    followed = sums.mean("followed")
+    delta = sums.mean("delta_logprob") / np.where(followed > 0, followed, 1)
+    means = {name: sums.mean(name) for name in AVERAGED}
+    return means | {"delta_logprob": pa.array(delta, mask=followed == 0)}
 
 
 def _to_host(columns: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -32,10 +32,11 @@ class LogitLensFold:
         rows_N = np.flatnonzero(sampled(block.sequence_N, block.position_N, self._share))
         if not len(rows_N):
             return
+        row_N = torch.from_numpy(rows_N).to(block.next_N.device)
         states = {
-            layer: (block.base.residual(layer)[rows_N], block.tuned.residual(layer)[rows_N]) for layer in self.layers
+            layer: (block.base.residual(layer)[row_N], block.tuned.residual(layer)[row_N]) for layer in self.layers
         }
-        self._pending.append((states, block.next_N[rows_N]))
+        self._pending.append((states, block.next_N[row_N]))
         enough = rows_per_block(self._context.vocab_size, self._context.base.device)
         if sum(len(next_N) for _, next_N in self._pending) >= enough:
             self._read_pending()

@@ -155,9 +155,26 @@ def test_texts_and_chats_of_one_corpus_have_positions_of_their_own(pair: ModelPa
 
 def test_every_layer_is_read_in_the_same_pass_and_one_layer_alone_gives_the_same(pair: ModelPair) -> None:
     every, one = run(pair), run(pair, layers=(0,))
-    for name in ("adl_vectors", "adl_tokens"):
+    for name in ("adl_vectors", "adl_tokens", "adl_states"):
         assert set(every[name]["layer"]) == set(range(LAYERS))
         assert_frame_equal(every[name].filter(pl.col("layer") == 0), one[name])
+
+
+def test_mean_activations_are_read_through_their_own_models(pair: ModelPair) -> None:
+    """Else a reader cannot tell what the difference says from what the text says anyhow."""
+    tables = run(pair, top_tokens=5)
+    probe = corpus()
+    places = [(sequence, 0) for sequence in probe.sequences]
+    delta_ND, base_ND = stacked(pair, places, 0)
+    for side, mean_D in (("base", base_ND.mean(0)), ("tuned", (base_ND + delta_ND).mean(0))):
+        logits_V = getattr(pair, side).readout(torch.from_numpy(mean_D).float()[None])[0]
+        listed = tables["adl_states"].filter(
+            (pl.col("layer") == 0) & (pl.col("position") == 0) & (pl.col("side") == side)
+        )
+        assert listed["rank"].to_list() == [1, 2, 3, 4, 5]
+        expected = logits_V.softmax(-1)[listed["token_id"].to_numpy()]
+        np.testing.assert_allclose(listed["probability"], expected, rtol=1e-4)
+        assert (np.diff(expected.numpy()) <= 0).all()
 
 
 def test_memory_does_not_grow_with_the_corpus(pair: ModelPair) -> None:

@@ -109,6 +109,10 @@ def by_hand(pair: ModelPair, probe: ProbeCorpus) -> pl.DataFrame:
                  "is_template": sequence.template_T, "next_id": np.append(sequence.token_T[1:], -1),
                  "differs": (base_NV.argmax(-1) != tuned_NV.argmax(-1)).numpy()}  # fmt: skip
         measured = {name: values.numpy() for name, values in exact(base_NV, tuned_NV).items()}
+        log_p, log_q = (side_NV.double().log_softmax(-1) for side_NV in (tuned_NV, base_NV))
+        measured |= {f"{side}_entropy_nats": -(each.exp() * each).sum(-1).numpy() for side, each in (("base", log_q), ("tuned", log_p))}
+        true_N = torch.from_numpy(sequence.token_T[1:]).long()[:, None]
+        facts["delta_logprob"] = [*(log_p - log_q)[:-1].gather(1, true_N)[:, 0].tolist(), None]
         frames.append(pl.DataFrame(facts | measured, schema_overrides={"sequence": pl.Int32, "position": pl.Int32}))
     return pl.concat(frames).filter(pl.col("position") >= probe.skip_first_tokens)
 
@@ -212,10 +216,10 @@ def test_tables_equal_a_computation_by_hand(pair: ModelPair, skip: int) -> None:
     close = {"check_exact": False, "rel_tol": 1e-3, "abs_tol": 1e-5, "check_dtypes": False}
     shown = ["sequence", "position", *DIVERGENCES]
     assert_frame_equal(tables["kl_tokens"].select(shown), tokens.select(shown), **close)
-    means = [pl.col(name).mean() for name in DIVERGENCES]
-    by_sequence = tokens.group_by("sequence").agg(
-        pl.len().alias("n_tokens"), *means, pl.col("kl_nats").max().alias("max_kl_nats"), pl.col("differs").mean().alias("argmax_differs")
-    )
+    means = [pl.col(name).mean() for name in (*DIVERGENCES, "delta_logprob", "base_entropy_nats", "tuned_entropy_nats")]
+    means.insert(len(DIVERGENCES), pl.col("differs").mean().alias("argmax_differs"))
+    largest = pl.col("kl_nats").max().alias("max_kl_nats")
+    by_sequence = tokens.group_by("sequence").agg(pl.len().alias("n_tokens"), *means[:4], largest, *means[4:])
     assert_frame_equal(tables["kl_sequences"], by_sequence.sort("sequence"), **close)
     places = tokens.with_columns(pl.col("role").map_elements(lambda role: ROLES[role], pl.String).alias("speaker"))
     grain = ["position", "speaker", "is_template"]
