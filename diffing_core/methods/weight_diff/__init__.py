@@ -10,10 +10,14 @@ writes into the residual stream. An arbitrary token scores 1. The metric matters
 articles, whose rows are long and lie where all rows lie, head every list. Measured on six demo finetunes: of
 the first 20 tokens 3 are words of the lesson with plain logits, 8 with cosines, 11 so.
 
+    intruder score:       1 − max_i |cos(u_k(W_tuned), u_i(W_base))|, largest over the leading k
+
+A high score means that finetuning put a direction among the leading ones that the base did not have.
+
 A singular direction has no sign; it is turned so that its farther-reaching end in the lens is "positive".
 Norms that some models apply between a module and the residual stream (Gemma 2, OLMo 2) are left out.
 
-Reference: Roy and Vetterli 2007; Halko, Martinsson and Tropp 2011; Hu et al. 2021.
+Reference: Roy and Vetterli 2007; Halko, Martinsson and Tropp 2011; Hu et al. 2021; Shuttleworth et al. 2024.
 """
 
 from typing import Any
@@ -24,7 +28,9 @@ from diffing_core.findings import Finding
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.methods.weight_diff.declaration import (
     DIRECTIONS,
+    INTRUDERS,
     LAYERS,
+    SPECTRUM,
     TENSORS,
     TOKEN_ROWS,
     VOCABULARY,
@@ -79,12 +85,12 @@ def _largest(table: pa.Table, n_rows: int) -> list[dict[str, Any]]:
 
 METHOD = Method(
     name="weight_diff",
-    version="1",
+    version="2",
     kind="weights",
     needs=frozenset({Need.WEIGHTS}),
     settings=WeightDiffSettings,
-    tables=(TENSORS, LAYERS, DIRECTIONS, VOCABULARY, TOKEN_ROWS),
-    reference="Roy and Vetterli 2007; Halko, Martinsson and Tropp 2011; Hu et al. 2021",
+    tables=(TENSORS, LAYERS, SPECTRUM, INTRUDERS, DIRECTIONS, VOCABULARY, TOKEN_ROWS),
+    reference="Roy and Vetterli 2007; Halko, Martinsson and Tropp 2011; Hu et al. 2021; Shuttleworth et al. 2024",
     findings=findings,
     headline=headline,
     run=run,
