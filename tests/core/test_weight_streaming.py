@@ -15,7 +15,7 @@ from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.weight_diff import METHOD, SPECTRUM, TENSORS, WeightDiffSettings, run
 from diffing_core.weights import WeightPair
 
-N_SHARDS, MATRICES_PER_SHARD, SHAPE = 10, 10, (1024, 512)
+N_SHARDS, MATRICES_PER_SHARD, SHAPE = 16, 4, (1024, 512)
 MEGABYTE = 2**20
 FILES_MB = 2 * N_SHARDS * MATRICES_PER_SHARD * SHAPE[0] * SHAPE[1] * 4 // MEGABYTE
 LIMIT_MB = FILES_MB * 2 // 5  # less than one of the two models
@@ -47,7 +47,7 @@ sys.exit("the limit did not hold")
 
 
 def sharded(folder: Path, change: float) -> Path:
-    """A checkpoint of 200 MB in ten shards; `change` is the size of a rank-one change of every matrix."""
+    """A checkpoint of 128 MB in 16 shards; `change` is the size of a rank-one change of every matrix."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     weight_map = {}

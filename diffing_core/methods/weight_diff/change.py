@@ -36,7 +36,12 @@ class Change:
         change = delta.pair.tuned - delta.pair.base
         spectrum = None
         if change.ndim == 2:
-            spectrum = of_dense(change, exact_side=settings.exact_side, n_leading=max(settings.leading, settings.directions), generator=generator)
+            spectrum = of_dense(
+                change,
+                exact_side=settings.exact_side,
+                n_leading=max(settings.leading, settings.directions),
+                generator=generator,
+            )
         return cls(delta, delta.pair.base, change, spectrum)
 
     @cached_property

@@ -17,7 +17,9 @@ class WeightDiffSettings(Settings):
     exact_side: int = Field(1024, ge=1, description="Smaller side up to which a dense spectrum is whole.")
     leading: int = Field(64, ge=1, description="Leading singular values listed, and found of larger dense matrices.")
     intruders: int = Field(10, ge=1, description="Leading directions of W_tuned that are looked for in W_base.")
-    intruder_side: int = Field(512, ge=0, description="Smaller side up to which they are: 0.1 s a matrix at 512, 6 s at 2048.")
+    intruder_side: int = Field(
+        512, ge=0, description="Smaller side up to which they are: 0.1 s a matrix at 512, 6 s at 2048."
+    )
     intruder_below: float = Field(0.5, ge=0, le=1, description="A direction whose best match is below is an intruder.")
     seed: int = Field(0, ge=0, description="Of the random range finder.")
     shown: int = Field(40, ge=1, description="Tokens among the findings; three layers and five modules follow.")
