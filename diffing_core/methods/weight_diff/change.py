@@ -71,6 +71,14 @@ class Change:
             return self.delta.factors.row_norms(centred=own)
         return (self.dense - self.dense.mean(0) if own else self.dense).norm(dim=1)
 
+    def gain(self, n_leading: int) -> Any:
+        """(‖uᵀW_tuned‖² − ‖uᵀW_base‖²) / ‖uᵀΔW‖² of each left singular vector u of ΔW, cut to ±1; [K]."""
+        left_KM = self.spectrum.left_MK[:, :n_leading].T
+        factors = self.delta.factors
+        change_KN = left_KM @ factors.left_MR @ factors.right_RN if factors else left_KM @ self.dense
+        inner_K = ((left_KM @ self.base) * change_KN).sum(1, dtype=torch.float64)
+        return (1 + 2 * inner_K / (change_KN**2).sum(1, dtype=torch.float64)).clamp(-1, 1)
+
     def tuned(self) -> Any:
         """W_tuned, formed where it was not read."""
         return self.delta.pair.tuned if self.delta.pair else self.base + self.delta.factors.dense()

@@ -12,7 +12,7 @@ class WeightDiffSettings(Settings):
 
     directions: int = Field(16, ge=1, description="Leading singular directions read per module.")
     direction_tokens: int = Field(10, ge=1, description="Tokens listed at either end of a direction.")
-    top_tokens: int = Field(100, ge=1, description="Vocabulary entries listed by their score.")
+    top_tokens: int = Field(100, ge=1, description="Vocabulary entries listed, by the size of their net score.")
     token_rows: int = Field(100, ge=0, description="Rows listed per changed embedding or head.")
     exact_side: int = Field(1024, ge=1, description="Smaller side up to which a dense spectrum is whole.")
     leading: int = Field(64, ge=1, description="Leading singular values listed, and found of larger dense matrices.")
@@ -139,6 +139,15 @@ DIRECTIONS = TableSpec(
         Column("side", "string", "write: the left singular vector, in the residual stream."),
         _effect("sigma", "Singular value."),
         _effect("energy_share", "σ² / ‖ΔW‖_F²."),
+        Column(
+            "gain",
+            "float64",
+            "How much more the tuned model writes along u: (‖uᵀW_tuned‖² − ‖uᵀW_base‖²) / ‖uᵀΔW‖², cut to ±1.",
+            role="effect",
+            low=-1,
+            high=1,
+            signed=True,
+        ),
         Column("positive_tokens", "list<string>", "Tokens at the farther-reaching end; the sign itself is arbitrary."),
         Column("negative_tokens", "list<string>", "Tokens at the other end."),
         _effect("positive_z", "Lens of the first positive token, standardised over readable tokens."),
@@ -147,13 +156,20 @@ DIRECTIONS = TableSpec(
 )
 VOCABULARY = TableSpec(
     "weight_diff_vocabulary",
-    "Tokens that the change of weights writes towards or away from, over all directions.",
+    "Tokens on the directions along which the tuned model writes more, or less, than the base.",
     ("token_id",),
     (
         Column("token_id", "int32", "Vocabulary index.", role="key"),
         Column("token", "string", "The token as text."),
+        Column(
+            "net_score",
+            "float64",
+            "The score with every direction weighted by its gain; negative where the base writes more. Ranks the tokens.",
+            "mean z²",
+            "effect",
+        ),
         _effect("score", "σ-weighted mean of z² over all directions; an arbitrary token has 1.", "mean z²"),
-        Column("strongest_module", "string", "Tensor that adds most to the score."),
+        Column("strongest_module", "string", "Tensor that adds most to the net score."),
     ),
 )
 TOKEN_ROWS = TableSpec(

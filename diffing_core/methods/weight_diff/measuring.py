@@ -49,7 +49,8 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
         if change.writes():
             k = settings.directions
             found = change.spectrum
-            written.append(Written(delta, found.left_MK[:, :k].T, found.sigma_K[:k], found.energy_shares_K[:k]))
+            sizes = (found.sigma_K[:k], found.energy_shares_K[:k], change.gain(k))
+            written.append(Written(delta, found.left_MK[:, :k].T, *sizes))
         if change.has_token_rows() and change.frobenius:
             sizes = (change.row_norms(own=True), change.row_norms(), change.base.norm(dim=1))
             changed_rows.append((delta.name, torch.stack(sizes)))
