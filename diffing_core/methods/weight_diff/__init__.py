@@ -46,7 +46,7 @@ RELATIVE = "relative change"
 
 
 def findings(tables: Tables, settings: WeightDiffSettings) -> list[Finding]:
-    """Tokens written towards (away from: negative), then the blocks and the modules that changed most relative to the base."""
+    """Tokens written towards (negative: away from), then the blocks and modules that changed most for their size."""
     tokens = tables[VOCABULARY.name].slice(0, settings.shown).to_pylist()
     found = [
         Finding("token", row["token"], row["net_score"], "mean z²", VOCABULARY.name, {"token_id": row["token_id"]})
