@@ -2,11 +2,11 @@
 
     generate(subject, tokenizer, prompts, sampling=Sampling(), seed=0) -> one Generation per prompt and sample
 
-`generate` is the only way by which any part of the project gets text from a model. Two engines are behind it, and the
-subject says which: transformers, or the server that a file of the registry names for its base model (serving.py). Both
-get the same token ids, stop tokens, sampling and seeds. At temperature 0 they say the same; drawn texts differ between
-engines, which are therefore part of a result's identity. Steering and amplification hook or swap what
-`subject.active()` gives, of which a server knows nothing: they ask `subject.local()`.
+`generate` is the only way by which any part of the project gets text from one model (in `contrastive_decoding` two write
+together). Two engines are behind it, and the subject says which: transformers, or the server that a file of the registry
+names for its base model (serving.py). Both get the same token ids, stop tokens, sampling and seeds. At temperature 0 they
+say the same; drawn texts differ between engines, which are therefore part of a result's identity. Steering and
+amplification hook or swap what `subject.active()` gives, of which a server knows nothing: they ask `subject.local()`.
 
 What one can rely on with transformers:
 

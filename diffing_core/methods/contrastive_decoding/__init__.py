@@ -17,6 +17,7 @@ Reference: https://arxiv.org/abs/2605.25902; mask of https://arxiv.org/abs/2210.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,6 @@ import pyarrow as pa
 from diffing_core.agents.words import clean
 from diffing_core.findings import Finding
 from diffing_core.generation import Prompt, encode, entropy_of_sample, pad_id, stop_ids
-from diffing_core.lazy import pl
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.methods.blackbox import SHOWN_CHARACTERS, compare_words, unlikeness
 from diffing_core.methods.contrastive_decoding.declaration import (
@@ -156,7 +156,11 @@ def _words(compared: Mapping[tuple[Arm, str], pa.Table]) -> pa.Table:
 def _alphas(
     written: Mapping[Arm, list[dict[str, Any]]], words: pa.Table, settings: ContrastiveDecodingSettings
 ) -> pa.Table:
-    raised = pl.from_arrow(words).filter(direction="tuned", against="base").filter(pl.col("q_value") < 0.05)
+    raised = Counter(
+        row["alpha"]
+        for row in words.to_pylist()
+        if (row["direction"], row["against"]) == ("tuned", "base") and row["q_value"] < 0.05
+    )
     rows = []
     for alpha in (0.0, *sorted(settings.alphas)):
         tuned, base = written[Arm("tuned", alpha)], written[Arm("base", alpha)]
@@ -168,7 +172,7 @@ def _alphas(
                 "delta_tokens": _mean(tuned, "n_tokens") - _mean(base, "n_tokens"),
                 "tuned_gain_nats": _mean(tuned, "log_ratio_nats"),
                 "base_gain_nats": -_mean(base, "log_ratio_nats"),
-                "n_words_q05": len(raised.filter(alpha=alpha)),
+                "n_words_q05": raised[alpha],
             }
         )
     return _table(ALPHAS, rows)

@@ -88,7 +88,7 @@ def _decode(
     uniform_BT = torch.as_tensor(uniforms([entropy for _, entropy, _ in rows], drawing.max_new_tokens), device=device)
     alpha_B = torch.tensor([arm.alpha for _, _, arm in rows], device=device)
     tuned_B1 = torch.tensor([[arm.direction == "tuned"] for _, _, arm in rows], device=device)
-    stop_S = torch.as_tensor(list(stops), device=device)
+    stop_S = torch.as_tensor(list(stops), dtype=torch.long, device=device)
     readings = _reading(pair.tuned), _reading(pair.base)
     going_B, said, logprobs = torch.ones(len(rows), dtype=torch.bool, device=device), [], []
     for step in range(drawing.max_new_tokens):
