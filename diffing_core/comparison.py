@@ -120,7 +120,7 @@ def store_expression(
         version=EXPRESSION_VERSION,
         settings_id=settings.settings_id(),
         step="expression",
-        **_sides(pair, generates=True),
+        **_sides(pair, live=True),
     )
     lake.write_result(key, {EXPRESSION: table}, settings, Cost(compute_s=time.perf_counter() - began))
     return table.to_pylist()[0]
@@ -250,13 +250,13 @@ def run_key(pair: ModelPair, method: Method, settings: Settings) -> RunKey:
         method=method.name,
         version=method.version,
         settings_id=settings.settings_id(),
-        **_sides(pair, generates=method.kind == "live"),
+        **_sides(pair, live=method.kind == "live"),
     )
 
 
-def _sides(pair: ModelPair, *, generates: bool) -> dict[str, str]:
-    """What was compared: the weights of each side, the number format they ran in, and the engine if they wrote texts."""
-    base, tuned = (engine_of(side) if generates else "" for side in (pair.base, pair.tuned))
+def _sides(pair: ModelPair, *, live: bool) -> dict[str, str]:
+    """What was compared: the weights of each side, the number format they ran in, and the engine that writes texts."""
+    base, tuned = (engine_of(side) if live else "" for side in (pair.base, pair.tuned))
     return {
         "model_revision": f"{pair.base_revision}@{name_of(pair.base.dtype)}{base}",
         "adapter_hash": f"{pair.adapter_hash}@{name_of(pair.tuned.dtype)}{tuned}",
