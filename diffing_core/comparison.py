@@ -29,6 +29,7 @@ from diffing_core.paired_pass import METHOD_FAILURES, MethodResult, paired_pass,
 from diffing_core.pairs import Pair
 from diffing_core.registry import Corpus, Registry
 from diffing_core.runs import Cost
+from diffing_core.serving import engine_of
 from diffing_core.settings import Settings
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def store_expression(
         version=EXPRESSION_VERSION,
         settings_id=settings.settings_id(),
         step="expression",
-        **_sides(pair),
+        **_sides(pair, live=True),
     )
     lake.write_result(key, {EXPRESSION: table}, settings, Cost(compute_s=time.perf_counter() - began))
     return table.to_pylist()[0]
@@ -269,15 +270,16 @@ def run_key(pair: ModelPair, method: Method, settings: Settings) -> RunKey:
         method=method.name,
         version=method.version,
         settings_id=settings.settings_id(),
-        **_sides(pair),
+        **_sides(pair, live=method.kind == "live"),
     )
 
 
-def _sides(pair: ModelPair) -> dict[str, str]:
-    """What was compared: the weights of each side, and the number format that they ran in."""
+def _sides(pair: ModelPair, *, live: bool) -> dict[str, str]:
+    """What was compared: the weights of each side, the number format they ran in, and the engine that writes texts."""
+    base, tuned = (engine_of(side) if live else "" for side in (pair.base, pair.tuned))
     return {
-        "model_revision": f"{pair.base_revision}@{name_of(pair.base.dtype)}",
-        "adapter_hash": f"{pair.adapter_hash}@{name_of(pair.tuned.dtype)}",
+        "model_revision": f"{pair.base_revision}@{name_of(pair.base.dtype)}{base}",
+        "adapter_hash": f"{pair.adapter_hash}@{name_of(pair.tuned.dtype)}{tuned}",
     }
 
 

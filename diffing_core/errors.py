@@ -8,6 +8,7 @@
     |-- StorageError          the lake or the warehouse cannot be read or written as asked
     |-- UndeclaredNeedError   a method asked for something that its declaration does not name
     |-- NotComputableError    a method cannot run on this pair, or a document not be read (said before any work)
+    |-- ServingError          a server of models does not answer, or not as it must
     `-- EvaluationError       an investigator or grader got something it must not use
 
 A message names what was found, what was expected, where, and what to do.
@@ -44,6 +45,10 @@ class UndeclaredNeedError(DiffingError):
 
 class NotComputableError(DiffingError):
     """A method cannot run on this pair; raised before any work is done."""
+
+
+class ServingError(DiffingError):
+    """A server of models does not answer, or not as it must."""
 
 
 class EvaluationError(DiffingError):

@@ -2,10 +2,13 @@
 
     generate(subject, tokenizer, prompts, sampling=Sampling(), seed=0) -> one Generation per prompt and sample
 
-`generate` is the only way by which any part of the project gets text from a model; another engine goes behind
-it. Steering and amplification need nothing here: they hook or swap what `subject.active()` gives.
+`generate` is the only way by which any part of the project gets text from one model (in `contrastive_decoding` two write
+together). Two engines are behind it, and the subject says which: transformers, or the server that a file of the registry
+names for its base model (serving.py). Both get the same token ids, stop tokens, sampling and seeds. At temperature 0 they
+say the same; drawn texts differ between engines, which are therefore part of a result's identity. Steering and
+amplification hook or swap what `subject.active()` gives, of which a server knows nothing: they ask `subject.local()`.
 
-What one can rely on:
+What one can rely on with transformers:
 
 * The draws of a sample come from (seed, prompt, sample number) alone: the u-th quantile of the next-token
   distribution, u uniform. They do not depend on the other prompts, on the batch size or on the model, so two
@@ -18,15 +21,15 @@ What one can rely on:
 Shapes: B samples, T positions, V vocabulary. Prompts are padded on the left.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from diffing_core import serving
 from diffing_core.chats import render
+from diffing_core.drawing import drawn, entropy_of, uniforms
 from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.models import Subject
@@ -128,30 +131,48 @@ def generate(
     Raises:
         NotComputableError: a chat prompt without a chat template, or that the template refuses, or an empty document
             without a token to begin with.
+        ServingError: the server that the subject is asked of does not answer as it must.
     """
-    ids = [_encode(prompt, tokenizer, subject) for prompt in prompts]
+    ids = [encode(prompt, tokenizer, subject) for prompt in prompts]
     rows = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.n)]
-    rows.sort(key=lambda row: len(ids[row[0]]))
-    stops = _stop_ids(tokenizer, subject)
-    made: list[Generation] = []
-    with track(len(rows), "samples", "generating") as advance, subject.active() as model:
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            token_BT, mask_BT = _left_padded([ids[index] for index, _ in chosen], subject.device)
-            draws = [_uniforms(prompts[index], sample, sampling, seed) for index, sample in chosen]
+    asked = [(ids[index], entropy_of_sample(prompts[index], sample, seed)) for index, sample in rows]
+    stops = stop_ids(tokenizer, subject)
+    with track(len(rows), "samples", "generating") as advance:
+        if subject.served is None:
+            answers = _answers(subject, asked, sampling, stops, pad_id(tokenizer, stops), batch_size, advance)
+        else:
+            answers = serving.answers(subject, asked, sampling, stops, advance)
+    return [
+        _generation(index, sample, ids[index], answer, stops, tokenizer)
+        for (index, sample), answer in zip(rows, answers, strict=True)
+    ]
+
+
+def _answers(
+    subject: Subject,
+    asked: Sequence[tuple[list[int], int]],
+    sampling: Sampling,
+    stops: list[int],
+    pad: int,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> list[list[int]]:
+    """The engine transformers: token ids, in the order of `asked`; what follows a stop token has no meaning."""
+    made: dict[int, list[int]] = {}
+    by_length = sorted(range(len(asked)), key=lambda row: len(asked[row][0]))
+    with subject.active() as model:
+        for start in range(0, len(asked), batch_size):
+            chosen = by_length[start : start + batch_size]
+            token_BT, mask_BT = left_padded([asked[row][0] for row in chosen], subject.device)
             output_BT = model.generate(
                 input_ids=token_BT,
                 attention_mask=mask_BT,
-                generation_config=_config(tokenizer, sampling, stops),
-                logits_processor=_processors(sampling, draws, token_BT),
+                generation_config=_config(sampling, stops, pad),
+                logits_processor=_processors(sampling, [asked[row][1] for row in chosen], token_BT),
             )
-            answers = output_BT[:, token_BT.shape[1] :].tolist()
-            made += [
-                _generation(index, sample, ids[index], answer, stops, tokenizer)
-                for (index, sample), answer in zip(chosen, answers, strict=True)
-            ]
+            made |= dict(zip(chosen, output_BT[:, token_BT.shape[1] :].tolist(), strict=True))
             advance(len(chosen))
-    return sorted(made, key=lambda each: (each.prompt_index, each.sample))
+    return [made[row] for row in range(len(asked))]
 
 
 class _Drawn:
@@ -168,37 +189,26 @@ class _Drawn:
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         probability_BV = torch.softmax(scores.float() / self._sampling.temperature, dim=-1)
-        order_BV = None
-        if self._sampling.top_p < 1:
-            probability_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
-            before_BV = probability_BV.cumsum(-1, dtype=torch.float64) - probability_BV
-            probability_BV = probability_BV.where(before_BV < self._sampling.top_p, 0.0)
-        cumulated_BV = probability_BV.cumsum(-1, dtype=torch.float64)
         step = input_ids.shape[1] - self._prompt_width
-        target_B1 = self._uniform_BT[:, step, None] * cumulated_BV[:, -1:]
-        drawn_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True).clamp(max=scores.shape[1] - 1)
-        if order_BV is not None:
-            drawn_B1 = order_BV.gather(1, drawn_B1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1, 0.0)
+        drawn_B = drawn(probability_BV, self._uniform_BT[:, step], self._sampling.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B[:, None], 0.0)
 
 
-def _processors(sampling: Sampling, draws: list[np.ndarray], token_BT: Any) -> Any:
+def _processors(sampling: Sampling, entropies: list[int], token_BT: Any) -> Any:
     from transformers import LogitsProcessorList
 
     if sampling.temperature == 0:
         return LogitsProcessorList()
-    uniform_BT = torch.as_tensor(np.stack(draws), device=token_BT.device)
+    uniform_BT = torch.as_tensor(uniforms(entropies, sampling.max_new_tokens), device=token_BT.device)
     return LogitsProcessorList([_Drawn(sampling, uniform_BT, token_BT.shape[1])])
 
 
-def _uniforms(prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> np.ndarray:
-    """One uniform number per token, a function of seed, prompt and sample number."""
-    key = json.dumps([seed, sample, prompt.kind, prompt.text, prompt.system, prompt.thinking])
-    entropy = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
-    return np.random.default_rng(entropy).random(sampling.max_new_tokens)
+def entropy_of_sample(prompt: Prompt, sample: int, seed: int) -> int:
+    """What the draws of one sample come from."""
+    return entropy_of(seed, sample, prompt.kind, prompt.text, prompt.system, prompt.thinking)
 
 
-def _config(tokenizer: Any, sampling: Sampling, stops: list[int]) -> "GenerationConfig":
+def _config(sampling: Sampling, stops: list[int], pad: int) -> "GenerationConfig":
     """Plain decoding: what a checkpoint's own generation_config says about penalties and sampling is overridden."""
     from transformers import GenerationConfig
 
@@ -211,12 +221,17 @@ def _config(tokenizer: Any, sampling: Sampling, stops: list[int]) -> "Generation
         top_k=50,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        pad_token_id=_pad_id(tokenizer, stops),
+        pad_token_id=pad,
         eos_token_id=stops or None,
     )
 
 
-def _encode(prompt: Prompt, tokenizer: Any, subject: Subject) -> list[int]:
+def encode(prompt: Prompt, tokenizer: Any, subject: Subject) -> list[int]:
+    """What the model reads of a prompt: a document as it is, a chat through the tokenizer's template.
+
+    Raises:
+        NotComputableError: as `generate`.
+    """
     if prompt.kind == "document":
         return list(tokenizer(prompt.text)["input_ids"]) or [_begin_id(tokenizer, subject)]
     if not can_chat(tokenizer):
@@ -244,7 +259,7 @@ def _begin_id(tokenizer: Any, subject: Subject) -> int:
     )
 
 
-def _stop_ids(tokenizer: Any, subject: Subject) -> list[int]:
+def stop_ids(tokenizer: Any, subject: Subject) -> list[int]:
     """Tokens that end an answer: EOS of tokenizer and checkpoint, the registered end of turn, and the pad token.
 
     The pad token ends documents in many models.
@@ -255,13 +270,14 @@ def _stop_ids(tokenizer: Any, subject: Subject) -> list[int]:
     return sorted({token for token in said if token is not None})
 
 
-def _pad_id(tokenizer: Any, stops: list[int]) -> int:
+def pad_id(tokenizer: Any, stops: list[int]) -> int:
+    """What fills places that no model reads."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     return stops[0] if stops else 0
 
 
-def _left_padded(rows: list[list[int]], device: Any) -> tuple[Any, Any]:
+def left_padded(rows: list[list[int]], device: Any) -> tuple[Any, Any]:
     """Ids and mask [B, T]; the id under a mask of 0 is never read."""
     width = max(map(len, rows))
     token_BT = np.zeros((len(rows), width), dtype=np.int64)

@@ -10,7 +10,7 @@ load_cohort(pairs, registry)       -> Cohort: ModelPairs that share their base
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from diffing_core.merged_adapters import merged
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Variant, Weights, load_registry
 from diffing_core.registry.sources import Fetched, Source, fetch, revision_of
+from diffing_core.serving import Served
 from diffing_core.settings import short_hash
 from diffing_core.subject import Subject
 
@@ -120,7 +121,7 @@ def load_cohort(pairs: Sequence[Pair], registry: Registry, *, device: Any = None
     failed: dict[Pair, DiffingError] = {}
     sides = _each(variants, lambda _, variant: resident.load_sides(variant), failed)
     loaded = _each(sides, resident.pair, failed)
-    return Cohort(resident.subject(_Side(resident.revision)), tuple(loaded.values()), failed)
+    return Cohort(resident.subject(resident.base), tuple(loaded.values()), failed)
 
 
 def source_revisions(pair: Pair, registry: Registry) -> tuple[str, str]:
@@ -154,6 +155,7 @@ class _Side:
     module: Any = None
     own_hash: str = _IDENTICAL
     notes: tuple[str, ...] = ()
+    served: Served | None = None
 
 
 class _Resident:
@@ -180,6 +182,8 @@ class _Resident:
         self.tokenizer_revision = _tokenizer_revision(self.entry, own and own.revision)
         end = self.entry.end_of_turn
         self.stop_ids = () if end is None else (token_id(self.tokenizer, end, f"end_of_turn of model {model}"),)
+        self.server = registry.servers.get(model)
+        self.base = _Side(self.revision, served=self.server and Served(self.server, self.server.served_name or model))
         self.adapters: dict[Path, str] = {}
         self.numbers = itertools.count()  # a name is not used again, whatever a failed load left behind
         self.subjects: dict[_Side, Subject] = {}
@@ -187,14 +191,15 @@ class _Resident:
     def load_sides(self, variant: Variant) -> tuple[_Side, _Side]:
         """Loads what a pair needs beside the base: (base side, tuned side)."""
         dtype = self.dtype or variant.dtype or self.entry.dtype
-        base = self._side(variant.against, dtype) if variant.against else _Side(self.revision)
+        base = self._side(variant.against, dtype) if variant.against else self.base
         return base, self._side(variant, dtype)
 
     def subject(self, side: _Side) -> Subject:
         """The runnable, checked side; one object for all pairs that share it, so that a pass runs it once."""
         if side not in self.subjects:
             module = self.module if side.module is None else side.module
-            self.subjects[side] = Subject.of(module, side.adapter, side.revision, self.stop_ids)
+            subject = Subject.of(module, side.adapter, side.revision, self.stop_ids)
+            self.subjects[side] = replace(subject, served=side.served)
         return self.subjects[side]
 
     def pair(self, pair: Pair, sides: tuple[_Side, _Side]) -> ModelPair:
@@ -221,13 +226,13 @@ class _Resident:
 
     def _side(self, weights: Weights, dtype: str) -> _Side:
         if weights.source is None:
-            return _Side(self.revision)
+            return self.base
         code = weights.trust_remote_code
         files = self._fetch(weights.source, remote_code=code)
         notes = compare_tokenizer(self.tokenizer, files.folder, self.entry, remote_code=code)
         if weights.kind == "full":
             module = load_module(files.folder, self.entry, dtype, self.device, remote_code=code)
-            return _Side(files.revision, None, module, files.revision, notes)
+            return _Side(files.revision, None, module, files.revision, notes, self._served(weights.source))
         notes += self._named_base(files.folder)
         if not is_switchable(files.folder):
             whole = merged(self.folder, (*self.own_adapters, files.folder))
@@ -238,7 +243,17 @@ class _Resident:
             self.module = add_adapter(self.module, files.folder, name)
             self.adapters[files.folder] = name
         name = self.adapters[files.folder]
-        return _Side(f"{self.revision}+{files.revision}", name, None, files.revision, notes)
+        served = self._served(weights.source, files)
+        return _Side(f"{self.revision}+{files.revision}", name, None, files.revision, notes, served)
+
+    def _served(self, source: Source, adapter: Fetched | None = None) -> Served | None:
+        """Where texts of these weights come from; an adapter is loaded there under a name of its content."""
+        if self.server is None:
+            return None
+        name = self.server.names.get(source.demo or str(source))
+        if name is None and adapter is not None:
+            return Served(self.server, f"adapter-{short_hash(adapter.revision)}", adapter.folder)
+        return Served(self.server, name)
 
     def _named_base(self, folder: Path) -> tuple[str, ...]:
         """A note if the adapter names another base than this, an error if that is another model of the registry."""

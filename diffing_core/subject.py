@@ -5,13 +5,14 @@ Shapes: B sequences, T positions, N states, D model width, V vocabulary. Sequenc
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from diffing_core.adapters import is_wrapped, switched
 from diffing_core.architecture import Layout, hidden_of, layout_of
 from diffing_core.errors import ModelLoadError
 from diffing_core.lazy import torch
+from diffing_core.serving import Served
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,13 +25,15 @@ class Subject:
     """One model state that one can run: a resident module with at most one of its adapters on.
 
     `revision` identifies the weights: content hash or hub commit, `+` adapter hash. `stop_ids` are tokens that
-    end its answers, beside those that tokenizer and checkpoint name.
+    end its answers, beside those that tokenizer and checkpoint name. `served` is the server that writes its texts;
+    None: the module here does.
     """
 
     module: Any
     adapter: str | None = None
     revision: str = ""
     stop_ids: tuple[int, ...] = ()
+    served: Served | None = None
 
     @classmethod
     def of(
@@ -48,6 +51,10 @@ class Subject:
     def active(self) -> AbstractContextManager["PreTrainedModel"]:
         """Context with the plain Hugging Face model, exactly this subject's adapter (or none) switched on."""
         return switched(self.module, self.adapter)
+
+    def local(self) -> "Subject":
+        """The same, but its texts are written by the module here: for who hooks it or edits its weights."""
+        return replace(self, served=None)
 
     @property
     def plain(self) -> "PreTrainedModel":

@@ -14,8 +14,9 @@ Reference: Monroe, Colaresi and Quinn 2008, "Fightin' Words", eq. 15–22; McNem
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -132,7 +133,14 @@ def run(inputs: Inputs, settings: BlackboxSettings) -> Tables:
     }
 
 
-def compare_words(base: Sequence[str], tuned: Sequence[str], settings: BlackboxSettings) -> pa.Table:
+class WordSettings(Protocol):
+    """What a comparison of words asks of settings; see `BlackboxSettings`."""
+
+    prior_words: float
+    min_samples: int
+
+
+def compare_words(base: Sequence[str], tuned: Sequence[str], settings: WordSettings) -> pa.Table:
     """The table of words of paired texts: the i-th of `base` and of `tuned` answer the same prompt."""
     texts = [[_words(text) for text in side] for side in (base, tuned)]
     said = [Counter(word for words in side for word in words) for side in texts]
@@ -244,12 +252,13 @@ def _samples_table(
             "text": [each.text for _, _, each in rows],
             "n_tokens": [each.n_tokens for _, _, each in rows],
             "finished": [each.finished for _, _, each in rows],
-            "unlikeness": [_unlikeness(each.text, z) for _, _, each in rows],
+            "unlikeness": [unlikeness(each.text, z) for _, _, each in rows],
         }
     )
 
 
-def _unlikeness(text: str, z: dict[str, float]) -> float:
+def unlikeness(text: str, z: Mapping[str, float]) -> float:
+    """Stouffer's sum over the distinct listed words of a text, given each word's z; 0 where it has none."""
     listed = [z[word] for word in sorted(set(_words(text))) if word in z]
     return sum(listed) / len(listed) ** 0.5 if listed else 0.0
 

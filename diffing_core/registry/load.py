@@ -1,11 +1,11 @@
-"""Reads registry folders: `models/`, `corpora/` and `organisms/`, one YAML file per entry.
+"""Reads registry folders: `models/`, `corpora/`, `organisms/` and `servers/`, one YAML file per entry.
 
 Every problem of every file is collected and told in one RegistryError, a line each.
 """
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from diffing_core.errors import RegistryError
 from diffing_core.pairs import Pair
 from diffing_core.registry.problems import close_to, describe
-from diffing_core.registry.schema import TRAINING, Corpus, Entry, Model, Organism, Variant
+from diffing_core.registry.schema import TRAINING, Corpus, Entry, Model, Organism, Server, Variant
 from diffing_core.registry.sources import HubRef, Source, is_present, locate
 from diffing_core.registry.yaml_files import read_mapping
 from diffing_core.settings import diffing_home
 
-_KINDS: dict[str, type[Entry]] = {"models": Model, "corpora": Corpus, "organisms": Organism}
+_KINDS: dict[str, type[Entry]] = {"models": Model, "corpora": Corpus, "organisms": Organism, "servers": Server}
 PACKAGED = Path(__file__).parent.parent / "demo" / "registry"
 
 
@@ -29,6 +29,7 @@ class Registry:
     models: Mapping[str, Model]
     corpora: Mapping[str, Corpus]
     organisms: Mapping[str, Organism]
+    servers: Mapping[str, Server] = field(default_factory=dict)
 
     @classmethod
     def load(cls, *roots: Path) -> "Registry":
@@ -171,15 +172,18 @@ def _dangling(entries: dict[str, dict[str, Entry]], places: dict[tuple[str, str]
     known = {kind: [name for of_kind, name in places if of_kind == kind] for kind in _KINDS}
     return [
         f"{places[kind, name]}: {where}: no {what[:-1] if what == 'models' else 'corpus'} {asked!r}{close_to(asked, known[what])}"
-        for kind in ("models", "organisms")
+        for kind in ("models", "organisms", "servers")
         for name, entry in entries[kind].items()
         for where, what, asked in _references(entry)
         if asked not in known[what]
     ]
 
 
-def _references(entry: Model | Organism) -> Iterable[tuple[str, str, str]]:
+def _references(entry: Model | Organism | Server) -> Iterable[tuple[str, str, str]]:
     """(field, kind, name) of every other entry that this one names."""
+    if isinstance(entry, Server):
+        yield "name", "models", entry.name
+        return
     if isinstance(entry, Model):
         yield from (("corpora", "corpora", corpus) for corpus in entry.corpora)
         return

@@ -109,7 +109,27 @@ class Model(Entry):
     """Token -> token, applied to the tokens of probe texts before both models read them."""
     corpora: tuple[Name, ...] = ()
     vllm: dict[str, Scalar | list[Scalar]] = {}
-    """Arguments of the vLLM engine, for servers that run this model on it; transformers does not read them."""
+    """Arguments of the vLLM engine, for who starts a server of this model; see `Server`."""
+
+
+class Server(Entry):
+    """A server of one base model that writes texts in place of transformers; one per machine, so in DIFFING_HOME."""
+
+    name: Name
+    """The base model."""
+    url: str
+    """Of its OpenAI-compatible API, for example http://127.0.0.1:8000/v1."""
+    served_name: str | None = None
+    """What the base model is called there; the entry's name if not given."""
+    names: dict[str, str] = {}
+    """What adapters and checkpoints that it serves already are called, by their source: owner/name, path or demo name."""
+    api_key_variable: str | None = None
+    """Environment variable that holds the key, if it wants one."""
+    timeout_s: float = Field(default=600, gt=0)
+    """For one answer."""
+    retries: int = Field(default=4, ge=0)
+    """After time-outs, lost connections, 429 and 5xx, waiting up to 8 s."""
+    parallel_requests: int = Field(default=64, gt=0)
 
 
 class Corpus(Entry):
