@@ -10,6 +10,7 @@ import pytest
 from diffing_assets.definitions import defs
 from diffing_assets.keys import CALIBRATED, EXPRESSED, diff_key, grade_key, hypothesis_key
 from diffing_assets.partitions import PAIRS, sync_partitions
+from diffing_core import models
 from diffing_core.evaluation import evidence_arms
 from diffing_core.lake import Lake
 from diffing_core.methods import all_methods
@@ -111,11 +112,17 @@ def test_an_unknown_partition_fails_with_the_names_that_exist(instance: dg.Dagst
     assert "cake_bake" in failure.user_failure_data.description
 
 
-def test_a_broken_finetune_fails_alone_in_its_cohort(instance: dg.DagsterInstance, tiny_home: Path) -> None:
-    """Two pairs in one run, one with a truncated adapter: the other is stored and counted."""
+def test_a_broken_finetune_fails_alone_in_its_cohort(
+    instance: dg.DagsterInstance, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pairs in one run, one with a truncated adapter: the base is loaded once, the other is stored and counted."""
+    loaded: list[Path] = []
+    load = models.load_module
+    monkeypatch.setattr(models, "load_module", lambda folder, *rest, **how: loaded.append(folder) or load(folder, *rest, **how))
     truncated_adapter(tiny_home)
     sync_partitions(instance, [Pair("tiny", "benign", "seed1"), Pair("tiny", "broken")])
     result = materialize(instance, STREAMS, tags=all_of(["benign__tiny__seed1", "broken__tiny__default"]))
     assert not result.success
     assert all(materialized(instance, key) == {"benign__tiny__seed1"} for key in STREAMS)
     assert set(Lake(tiny_home / "lake").read(RUNS)["organism"].to_pylist()) == {"benign"}
+    assert len(loaded) == 1

@@ -181,8 +181,13 @@ def test_pairs_run_on_the_server_that_is_there_and_a_broken_one_is_told_apart(
 
 
 def test_a_backfill_is_one_piece_of_work_in_the_web_ui(ui: Ui, caplog: pytest.LogCaptureFixture) -> None:
+    """Neighbouring pairs of a base are one run, which loads the base once."""
+    with open_instance() as instance:
+        stored = instance.get_dynamic_partitions(PAIRS.name)
+    several = max(blocks(stored, {*stored} - {BROKEN}, most=3), key=len)
+    assert len(several) > 1
     with running_server() as found, caplog.at_level("INFO"):
-        assert backfill(found, "kl again", CHEAP[:1], [GOOD])
+        assert backfill(found, "kl again", CHEAP[:1], several)
         with pytest.raises(DiffingError, match="did not accept the backfill 'nothing'"):
             backfill(found, "nothing", CHEAP[:1], ["no__such__pair"])
     assert any("kl again: 1 of 1 run(s) succeeded" in record.message for record in caplog.records)
@@ -191,6 +196,7 @@ def test_a_backfill_is_one_piece_of_work_in_the_web_ui(ui: Ui, caplog: pytest.Lo
         assert (made.title, made.status) == ("kl again", BulkActionStatus.COMPLETED_SUCCESS)
         [record] = instance.get_run_records(dg.RunsFilter(tags={"dagster/backfill": made.backfill_id}))
         assert record.dagster_run.status == dg.DagsterRunStatus.SUCCESS
+        assert set(several) <= instance.get_materialized_partitions(CHEAP[0])
 
 
 
