@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,18 +229,27 @@ def _failing(outcomes: Collection[Outcome], pairs: Sequence[ModelPair]) -> Itera
 
 
 def _ran(pair: ModelPair, method: Method, settings: Settings, registry: Registry, lake: Lake) -> Outcome:
-    """A live or weights method on one pair."""
+    """A live or weights method on one pair; which peers it was compared with is part of the result's identity."""
     outcome = Outcome(pair.pair, method)
     settings = settled(settings, pair.pair, registry)
-    result = timed_run(pair, method, settings, Inputs(method, _suppliers(pair, registry)))
-    _store(outcome, run_key(pair, method, settings), result, lake)
+    suppliers = _suppliers(pair, registry)
+    result = timed_run(pair, method, settings, Inputs(method, suppliers))
+    key = run_key(pair, method, settings)
+    if Need.PEERS in method.needs and result.error is None:
+        key = key.with_corpus("", suppliers[Need.PEERS]().identity())
+    _store(outcome, key, result, lake)
     return outcome
 
 
 def _suppliers(pair: ModelPair, registry: Registry) -> dict[Need, Any]:
+    from diffing_core.peers import peers_of
     from diffing_core.weights import WeightPair
 
-    return {Need.MODELS: lambda: pair, Need.WEIGHTS: lambda: WeightPair.of(pair.pair, registry)}
+    return {
+        Need.MODELS: lambda: pair,
+        Need.WEIGHTS: lambda: WeightPair.of(pair.pair, registry),
+        Need.PEERS: cache(lambda: peers_of(pair.pair, registry)),
+    }
 
 
 def run_key(pair: ModelPair, method: Method, settings: Settings) -> RunKey:

@@ -29,6 +29,7 @@ class Need(Enum):
     ACTIVATIONS = "activations"  # the stored activation Parquet
     MODELS = "models"  # both models, for generation or patching
     WEIGHTS = "weights"  # the stream of parameter deltas
+    PEERS = "peers"  # weights of the other registered finetunes of the same base
 
 
 class Fold(Protocol):
