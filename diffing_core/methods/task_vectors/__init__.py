@@ -30,11 +30,17 @@ Reference: Ilharco et al. 2022 (task arithmetic); Hu et al. 2021, Grassmann subs
 
 from typing import Any
 
+from diffing_core.figures import Figure
 from diffing_core.findings import Finding
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.methods.task_vectors.declaration import MODULES, PARTS, PEERS, VOCABULARY, TaskVectorsSettings
 from diffing_core.methods.task_vectors.measuring import run
 
+FIGURES = (
+    Figure("heatmap", "Cosine to every other finetune", PEERS, "peer_variant", "cosine", "peer_organism", most=40),
+    Figure("heatmap", "Overlap of output directions", PEERS, "peer_variant", "left_overlap", "peer_organism", most=40),
+    Figure("heatmap", "Share outside of what others share", MODULES, "layer", "distinctive_share", "projection"),
+)
 OUTSIDE = "share outside of what other finetunes share"
 
 
@@ -82,4 +88,5 @@ METHOD = Method(
     findings=findings,
     headline=headline,
     run=run,
+    figures=FIGURES,
 )
