@@ -1,4 +1,4 @@
-"""Singular values and directions of a weight change, and the tokens that a direction points to.
+"""Singular values, directions and single elements of a weight change, and the tokens that a direction points to.
 
     frobenius = √Σσ²    spectral = σ₁    nuclear = Σσ
     effective_rank = exp(−Σ p ln p), p = σ/Σσ      stable_rank = Σσ²/σ₁²      participation_ratio = (Σσ²)²/Σσ⁴
@@ -29,7 +29,9 @@ _POWER_STEPS = 2
 _EPSILON = 2.0**-52
 _ROUNDING = 1e-12
 _ROWS_AT_ONCE = 8192
-_BF16_STEP_BITS = 8
+_ELEMENTS_AT_ONCE = 2**20
+_FLOAT32_EXPONENT = 0x7F800000
+_BF16_STEP = 2.0**-7
 _TINY = 1e-30
 
 
@@ -48,6 +50,13 @@ class Factors:
     def dense(self) -> Any:
         """The product, [M, N]; only where a whole tensor is compared."""
         return self.left_MR @ self.right_RN
+
+    def pieces(self) -> Iterable[tuple[slice, Any]]:
+        """The product a few rows at a time, with the rows' places."""
+        n_rows = max(1, _ELEMENTS_AT_ONCE // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], n_rows):
+            rows = slice(start, start + n_rows)
+            yield rows, self.left_MR[rows] @ self.right_RN
 
     def spectrum(self) -> "Spectrum":
         """Its singular values by two thin QRs and one R×R SVD."""
@@ -74,7 +83,10 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Positive singular values, largest first, with left vectors; not `complete` if only the leading are known."""
+    """Positive singular values, largest first, with left vectors; not `complete` if only the leading are known.
+
+    `left_MK` may hold the vectors of the leading values only.
+    """
 
     sigma_K: Any
     left_MK: Any
@@ -130,28 +142,63 @@ class Spectrum:
 
 
 def of_dense(delta_MN: Any, *, exact_side: int, n_leading: int, generator: Any) -> Spectrum:
-    """Spectrum of a matrix: whole if its smaller side is at most `exact_side`, else its `n_leading` largest values."""
+    """Spectrum of a matrix: whole if its smaller side is at most `exact_side`, else its `n_leading` largest values.
+
+    Vectors come with the leading values only.
+    """
     frobenius = torch.linalg.vector_norm(delta_MN, dtype=torch.float64).item()
     if frobenius == 0:
         return Spectrum(torch.zeros(0, dtype=torch.float64), torch.zeros(len(delta_MN), 0), 0.0)
     if min(delta_MN.shape) <= exact_side:
-        return _by_gram(delta_MN, frobenius)
+        return _by_gram(delta_MN, frobenius, n_leading)
     return _by_sketch(delta_MN, frobenius, n_leading, generator)
 
 
 def elementwise(base: Any, change: Any) -> dict[str, float | None]:
-    """Sizes of single elements, and how many changes rounding to bfloat16 can explain."""
-    size = change.abs()
-    changed = size > 0
-    n_changed = int(changed.sum())
-    step = torch.ldexp(torch.ones_like(base), torch.frexp(base).exponent - _BF16_STEP_BITS)
-    within = int((changed & (size <= step)).sum())
+    """Sizes of single elements of a tensor or of Factors, never all at once; what rounding to bfloat16 can explain.
+
+    One step of bfloat16 at w is 2^(⌊log₂|w|⌋ − 7). Rounding errors are uniform in ± half a step, so rounding the tuned
+    tensor leaves ‖ΔW‖_F = √(Σ step²/12) by itself: the floor.
+    """
+    total = largest = n_changed = n_within = squared_steps = 0.0
+    for base_part, change_part in _pieces(base, change):
+        size = change_part.abs()
+        step = (base_part.contiguous().view(torch.int32) & _FLOAT32_EXPONENT).view(torch.float32) * _BF16_STEP
+        changed = size > 0
+        total += size.sum(dtype=torch.float64).item()
+        largest = max(largest, size.max().item())
+        n_changed += int(changed.sum())
+        n_within += int((changed & (size <= step)).sum())
+        squared_steps += torch.linalg.vector_norm(step, dtype=torch.float64).item() ** 2
     return {
-        "mean_abs": size.mean(dtype=torch.float64).item(),
-        "max_abs": size.max().item(),
-        "share_unchanged": 1 - n_changed / size.numel(),
-        "share_rounding": within / n_changed if n_changed else None,
+        "mean_abs": total / base.numel(),
+        "max_abs": largest,
+        "share_unchanged": 1 - n_changed / base.numel(),
+        "share_rounding": n_within / n_changed if n_changed else None,
+        "rounding_floor": (squared_steps / 12) ** 0.5,
     }
+
+
+def match_of_leading(base_MN: Any, tuned_MN: Any, n_leading: int) -> tuple[Any, Any, Any]:
+    """How far the leading left singular vectors u_k of `tuned` are to be found in `base`: σ_k, max_i |⟨u_k, u_i⟩| and i.
+
+    i counts from 1 and runs over all left singular vectors of the base: two whole eigendecompositions of the smaller
+    side. Without a base no vector is found: 0, and i = 0.
+    Reference: Shuttleworth et al. 2024 (intruder dimensions), arXiv 2410.21228.
+    """
+    tall = base_MN.shape[0] > base_MN.shape[1]
+    base_sigma_K, base_KK = _eigen(base_MN)
+    sigma_K, vectors_KK = (part[..., :n_leading] for part in _eigen(tuned_MN))
+    if not len(base_sigma_K):
+        return sigma_K, torch.zeros_like(sigma_K), torch.zeros(len(sigma_K), dtype=torch.int64)
+    if tall:
+        parts = zip(base_MN.split(_ROWS_AT_ONCE), tuned_MN.split(_ROWS_AT_ONCE), strict=True)
+        back_NK = sum(base.double().T @ (tuned.double() @ vectors_KK) for base, tuned in parts)
+        inner_KK = (back_NK / sigma_K).T @ base_KK / base_sigma_K
+    else:
+        inner_KK = vectors_KK.T @ base_KK
+    match_K, place_K = inner_KK.abs().max(1)
+    return sigma_K, match_K.clamp(max=1), place_K + 1
 
 
 class Lens:
@@ -191,17 +238,33 @@ class Lens:
         return self._head_VD.split(_ROWS_AT_ONCE)
 
 
-def _by_gram(delta_MN: Any, frobenius: float) -> Spectrum:
-    """Squaring costs half the digits: values below √(K ε) σ₁ are noise and count as zero."""
-    delta_MN = delta_MN.double()
-    tall = delta_MN.shape[0] > delta_MN.shape[1]
-    gram_KK = delta_MN.T @ delta_MN if tall else delta_MN @ delta_MN.T
+def _pieces(base: Any, change: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(change, Factors):
+        return ((base[rows], product) for rows, product in change.pieces())
+    flat = (each.reshape(-1).split(_ELEMENTS_AT_ONCE) for each in (base, change))
+    return zip(*flat, strict=True)
+
+
+def _by_gram(delta_MN: Any, frobenius: float, n_leading: int) -> Spectrum:
+    sigma_K, vectors_KK = _eigen(delta_MN)
+    left_MK = vectors_KK[:, :n_leading]
+    if delta_MN.shape[0] > delta_MN.shape[1]:
+        parts = [part.double() @ left_MK for part in delta_MN.split(_ROWS_AT_ONCE)]
+        left_MK = torch.cat(parts) / sigma_K[:n_leading]
+    return Spectrum(sigma_K, left_MK.float(), frobenius)
+
+
+def _eigen(matrix_MN: Any) -> tuple[Any, Any]:
+    """Singular values and the singular vectors of the smaller side, float64.
+
+    Squaring costs half the digits: values below √(K ε) σ₁ are noise and left out.
+    """
+    long = matrix_MN if matrix_MN.shape[0] > matrix_MN.shape[1] else matrix_MN.T
+    gram_KK = sum(part.T @ part for part in map(torch.Tensor.double, long.split(_ROWS_AT_ONCE)))
     squares_K, vectors_KK = torch.linalg.eigh(gram_KK)
     squares_K, vectors_KK = squares_K.flip(0), vectors_KK.flip(1)
     kept = squares_K > squares_K[0] * len(squares_K) * _EPSILON
-    sigma_K, vectors_KK = squares_K[kept].sqrt(), vectors_KK[:, kept]
-    left_MK = delta_MN @ vectors_KK / sigma_K if tall else vectors_KK
-    return Spectrum(sigma_K, left_MK.float(), frobenius)
+    return squares_K[kept].sqrt(), vectors_KK[:, kept]
 
 
 def _by_sketch(delta_MN: Any, frobenius: float, n_leading: int, generator: Any) -> Spectrum:

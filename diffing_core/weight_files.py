@@ -1,10 +1,12 @@
 """The safetensors files of one side of a pair, opened: a checkpoint, and what its adapters do to it.
 
 A LoRA adapter gives its factors, ΔW = B A with s = α/r (rsLoRA: α/√r) folded into B, and never the product.
-Matrices are oriented as y = W x, rows are outputs.
+DoRA needs the weight itself, one tensor at a time: W' = m (W + B A) / ‖W + B A‖, the norm per output. Every other
+adapter is merged by PEFT into a checkpoint of its own (merged_adapters.py). Matrices are oriented as y = W x, rows
+are outputs.
 
 Suffixes: M rows (outputs), N columns (inputs), R rank.
-Reference: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA); names as PEFT writes them.
+Reference: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA); names as PEFT writes them.
 """
 
 import json
@@ -21,6 +23,7 @@ from safetensors import safe_open
 
 from diffing_core.errors import ModelLoadError, NotComputableError
 from diffing_core.lazy import torch
+from diffing_core.merged_adapters import merged
 from diffing_core.safetensor_files import tensor_shapes, weight_files
 from diffing_core.spectra import Factors
 from diffing_core.tensor_names import EMBEDDINGS, HEADS, canonical, place_of
@@ -28,8 +31,9 @@ from diffing_core.tensor_names import EMBEDDINGS, HEADS, canonical, place_of
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
+_MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 _BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_MERGE = "merge it into its base and register the result as kind: full"
+_CHANGES_MORE = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
 
 
 @dataclass(frozen=True)
@@ -104,46 +108,58 @@ class _Place:
         return tensor
 
 
+@dataclass(frozen=True)
+class _Lora:
+    """The tensors of one weight's low-rank change; `magnitude` with DoRA. An embedding's A is [R, V], its B [D, R]."""
+
+    path: str
+    embedding: bool
+    a: _Place
+    b: _Place
+    magnitude: _Place | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N) of the change; an embedding has a row per token."""
+        inputs, outputs = self.a.shape[1], self.b.shape[0]
+        return (inputs, outputs) if self.embedding else (outputs, inputs)
+
+
 class _Adapter:
-    """A LoRA folder by the canonical names of the base's weights that it changes."""
+    """A LoRA or DoRA folder by the canonical names of the base's weights that it changes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _adapter_config(folder)
-        self.lora: dict[str, dict[str, tuple[str, _Place]]] = {}
         self.saved: dict[str, _Place] = {}
+        parts: dict[str, dict[str, _Place]] = {}
         for key, place in _raw_places(folder).items():
-            found = _LORA.fullmatch(key)
-            if found:
-                path = found["path"]
-                kind = "embedding" if found["embedding"] else "linear"
-                self.lora.setdefault(canonical(f"{path}.weight"), {})[f"{kind}_{found['side']}"] = (path, place)
-            elif ".lora_" in key or "token_adapter" in key:
-                raise NotComputableError(f"{folder} holds {key}, which is more than a plain LoRA; {_MERGE}")
+            if found := _LORA.fullmatch(key):
+                parts.setdefault(found["path"], {"embedding": found["embedding"]})[found["side"]] = place
+            elif found := _MAGNITUDE.fullmatch(key):
+                parts.setdefault(found["path"], {})["magnitude"] = place
             else:
                 plain = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
                 self.saved[canonical(plain.replace(".default.", "."))] = place
-        halves = [name for name, found in self.lora.items() if len(found) != 2]
-        if halves:
-            raise ModelLoadError(f"{folder} holds one factor of {halves[0]} and not the other; fetch the adapter again")
+        self.lora = {canonical(f"{path}.weight"): self._lora(path, found) for path, found in parts.items()}
 
     def factors(self, name: str) -> Factors:
-        """The change of one weight, oriented as y = W x; an embedding's has a row per token."""
-        (a_kind, (path, a_place)), (_, (_, b_place)) = sorted(self.lora[name].items())
-        a_RN, b_MR = a_place.read().float(), b_place.read().float()
-        if a_RN.ndim != 2 or b_MR.ndim != 2 or b_MR.shape[1] != a_RN.shape[0]:
-            raise NotComputableError(
-                f"{self.folder}: the factors of {name} have shapes {tuple(b_MR.shape)} and {tuple(a_RN.shape)}, which "
-                f"are no matrices to multiply (convolutions and stacked experts are not read); {_MERGE}"
-            )
-        scaled_MR = b_MR * self.scale(path, a_RN.shape[0])
-        return Factors(a_RN.T, scaled_MR.T) if a_kind == "embedding_A" else Factors(scaled_MR, a_RN)
+        """The low-rank change of one weight, oriented as y = W x; an embedding's has a row per token."""
+        lora = self.lora[name]
+        a_RN, b_MR = lora.a.read().float(), lora.b.read().float()
+        scaled_MR = b_MR * self.scale(lora.path, a_RN.shape[0])
+        return Factors(a_RN.T, scaled_MR.T) if lora.embedding else Factors(scaled_MR, a_RN)
 
-    def shape(self, name: str) -> tuple[int, int]:
-        """(M, N) of the change, without reading it."""
-        (kind, (_, a_place)), (_, (_, b_place)) = sorted(self.lora[name].items())
-        inputs, outputs = a_place.shape[1], b_place.shape[0]
-        return (inputs, outputs) if kind == "embedding_A" else (outputs, inputs)
+    def applied(self, name: str, weight: Any) -> Any:
+        """The weight with this adapter merged into it, if it is one that the adapter changes."""
+        if name not in self.lora:
+            return weight
+        lora, changed = self.lora[name], weight + self.factors(name).dense()
+        if lora.magnitude is None:
+            return changed
+        outputs = 1 if lora.embedding else 0
+        norm = torch.linalg.vector_norm(changed, dim=1 - outputs, keepdim=True)
+        return changed * lora.magnitude.read().float().reshape(norm.shape) / norm
 
     def scale(self, path: str, rank: int) -> float:
         """α/r, or α/√r with rsLoRA; the factors' own r, and α from the pattern that fits the module's path."""
@@ -152,13 +168,29 @@ class _Adapter:
         alpha = next(found, self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    def _lora(self, path: str, parts: dict[str, Any]) -> _Lora:
+        if not {"A", "B"} <= parts.keys():
+            raise ModelLoadError(
+                f"{self.folder} holds one factor of {canonical(path)} and not the other; fetch the adapter again"
+            )
+        if parts["A"].shape[0] != parts["B"].shape[1]:
+            raise ModelLoadError(
+                f"{self.folder}: the factors of {canonical(path)} have shapes {parts['B'].shape} and "
+                f"{parts['A'].shape}, which cannot be multiplied; fetch the adapter again"
+            )
+        return _Lora(path, bool(parts["embedding"]), parts["A"], parts["B"], parts.get("magnitude"))
+
 
 class OpenSide:
     """One side of the pair, opened: its checkpoint, and what its adapters do to it."""
 
-    def __init__(self, side: WeightSide, checkpoint: _Checkpoint | None = None) -> None:
-        self.checkpoint = checkpoint or _Checkpoint(side.folder)
-        self.adapters = {folder: _Adapter(folder) for folder in side.adapters}
+    def __init__(self, side: WeightSide, like: "OpenSide | None" = None) -> None:
+        folder, adapters = side.folder, side.adapters
+        if any(_needs_merging(adapter) for adapter in adapters):
+            folder, adapters = merged(folder, adapters), ()
+        same = like is not None and like.checkpoint.folder == folder
+        self.checkpoint = like.checkpoint if same else _Checkpoint(folder)
+        self.adapters = {folder: _Adapter(folder) for folder in adapters}
         self.saved: dict[str, _Place] = {}
         for adapter in self.adapters.values():
             self.saved.update(self._changed(adapter))
@@ -177,9 +209,13 @@ class OpenSide:
         tensor = self.place(name).read().float()
         tensor = tensor.T if flip else tensor
         for adapter in self.adapters.values():
-            if name in adapter.lora:
-                tensor = tensor + adapter.factors(name).dense()
+            tensor = adapter.applied(name, tensor)
         return tensor
+
+    def is_low_rank(self, name: str) -> bool:
+        """Whether all that the adapters do to the stored tensor is to add low-rank products."""
+        own = [adapter.lora[name] for adapter in self.adapters.values() if name in adapter.lora]
+        return all(lora.magnitude is None for lora in own)
 
     def _changed(self, adapter: _Adapter) -> Iterator[tuple[str, _Place]]:
         """Stored tensors that differ from the checkpoint's: PEFT also stores untouched embeddings."""
@@ -190,7 +226,7 @@ class OpenSide:
 
     def _check_fits(self, adapter: _Adapter) -> None:
         for name in adapter.lora:
-            place, shape = self.place(name), adapter.shape(name)
+            place, shape = self.place(name), adapter.lora[name].shape
             if place is None or place.shape not in (shape, shape[::-1]):
                 own = f"has it as {place.shape}" if place else "does not have it"
                 raise ModelLoadError(
@@ -221,17 +257,25 @@ def _places(folder: Path) -> dict[str, _Place]:
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's settings, if its change is ΔW = s B A and nothing more."""
     config = _read_json(folder / "adapter_config.json")
     if not config:
         raise ModelLoadError(f"{folder} has no adapter_config.json; for a whole checkpoint write kind: full")
-    if config.get("peft_type") != "LORA":
-        raise ModelLoadError(f"{folder} is of peft_type {config.get('peft_type')!r}; expected LORA: {_MERGE}")
-    start = str(config.get("init_lora_weights", "")).lower()
-    if config.get("use_dora") or start.startswith(_BASE_CHANGING_STARTS):
-        what = "uses DoRA" if config.get("use_dora") else f"was begun with {start}, which also changes the base"
-        raise NotComputableError(f"adapter {folder} {what}, so its factors are not the whole change; {_MERGE}")
     return config
+
+
+def _needs_merging(folder: Path) -> bool:
+    """Whether an adapter's change is anything but s B A, DoRA's rescaling and tensors stored whole."""
+    config = _adapter_config(folder)
+    start = str(config.get("init_lora_weights", "")).lower()
+    if config.get("peft_type") != "LORA" or start.startswith(_BASE_CHANGING_STARTS):
+        return True
+    places = _raw_places(folder)
+    factors = [place for key, place in places.items() if _LORA.fullmatch(key)]
+    own = [key for key in places if ".lora_" in key and not _LORA.fullmatch(key) and not _MAGNITUDE.fullmatch(key)]
+    tokens = [key for key in places if "token_adapter" in key or ".trainable_tokens_" in key]
+    return bool(own or tokens or any(config.get(key) for key in _CHANGES_MORE)) or any(
+        len(place.shape) != 2 for place in factors
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

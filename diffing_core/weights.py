@@ -5,8 +5,8 @@
 
 ΔW = tuned − base. A LoRA adapter gives its factors (see weight_files.py), and never the product; against another
 adapter of the same base (a seed twin) the factors are stacked, [s₁B₁, −s₂B₂] and [A₁; A₂], which is exact. Whole
-checkpoints, saved modules and trained biases give both tensors in float32. Matrices are oriented as y = W x, rows
-are outputs; embeddings and heads have a row per token.
+checkpoints, saved modules, trained biases, DoRA and merged adapters of other kinds give both tensors in float32.
+Matrices are oriented as y = W x, rows are outputs; embeddings and heads have a row per token.
 
 Suffixes: M rows (outputs), N columns (inputs), R rank.
 """
@@ -125,7 +125,7 @@ def weight_stream(pair: WeightPair) -> Iterator[TensorDelta]:
 
     Raises:
         ModelLoadError: a damaged file, or an adapter that does not fit the base.
-        NotComputableError: quantised weights, or an adapter that is not a plain LoRA.
+        NotComputableError: quantised weights, or an adapter that cannot be written as weights.
     """
     base, tuned = _opened(pair)
     for name in _matched(base, tuned)[0]:
@@ -166,7 +166,8 @@ def _resized(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool
 def _delta(name: str, base: OpenSide, tuned: OpenSide) -> TensorDelta:
     flip = _is_flipped(name, base, tuned)
     named = (name, *place_of(name))
-    if base.checkpoint is tuned.checkpoint and base.saved.get(name) == tuned.saved.get(name):
+    stored_once = base.checkpoint is tuned.checkpoint and base.saved.get(name) == tuned.saved.get(name)
+    if stored_once and base.is_low_rank(name) and tuned.is_low_rank(name):
         factors = _difference(name, base, tuned)
         return TensorDelta(*named, factors.shape, lambda: base.dense(name, flip=flip), factors)
     before, after = base.dense(name, flip=flip), tuned.dense(name, flip=flip)
@@ -181,7 +182,7 @@ def _is_flipped(name: str, base: OpenSide, tuned: OpenSide) -> bool:
     stored = base.place(name).shape
     adapters = [each for side in (base, tuned) for each in side.adapters.values() if name in each.lora]
     if adapters and stored != stored[::-1]:
-        return stored != adapters[0].shape(name)
+        return stored != adapters[0].lora[name].shape
     declared = any(each.config.get("fan_in_fan_out") for each in adapters)
     return declared or (len(stored) == 2 and base.checkpoint.is_conv1d(name))
 
@@ -196,7 +197,7 @@ def _difference(name: str, base: OpenSide, tuned: OpenSide) -> Factors:
             gained.remove(term)
             lost.remove(same)
     like = next(each for side in (tuned, base) for each in side.adapters.values() if name in each.lora)
-    rows, columns = like.shape(name)
+    rows, columns = like.lora[name].shape
     lefts = [torch.zeros(rows, 0), *(term.left_MR for term in gained), *(-term.left_MR for term in lost)]
     rights = [torch.zeros(0, columns), *(term.right_RN for term in (*gained, *lost))]
     return Factors(torch.cat(lefts, 1), torch.cat(rights))
@@ -205,5 +206,4 @@ def _difference(name: str, base: OpenSide, tuned: OpenSide) -> Factors:
 def _opened(pair: WeightPair) -> tuple[OpenSide, OpenSide]:
     """Both sides; one checkpoint object where they are the same files."""
     base = OpenSide(pair.base)
-    same = pair.base.folder == pair.tuned.folder
-    return base, OpenSide(pair.tuned, base.checkpoint if same else None)
+    return base, OpenSide(pair.tuned, base)

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffing_core.lazy import torch
 from diffing_core.methods.weight_diff.declaration import TENSORS, WeightDiffSettings
-from diffing_core.spectra import ENERGY_SHARES, Spectrum, elementwise, of_dense
+from diffing_core.spectra import ENERGY_SHARES, Spectrum, elementwise, match_of_leading, of_dense
 from diffing_core.tensor_names import POSITIONS, place_of
 from diffing_core.weights import TensorDelta
 
@@ -36,7 +36,12 @@ class Change:
         change = delta.pair.tuned - delta.pair.base
         spectrum = None
         if change.ndim == 2:
-            spectrum = of_dense(change, exact_side=settings.exact_side, n_leading=settings.leading, generator=generator)
+            spectrum = of_dense(
+                change,
+                exact_side=settings.exact_side,
+                n_leading=max(settings.leading, settings.directions),
+                generator=generator,
+            )
         return cls(delta, delta.pair.base, change, spectrum)
 
     @cached_property
@@ -66,6 +71,18 @@ class Change:
             return self.delta.factors.row_norms(centred=own)
         return (self.dense - self.dense.mean(0) if own else self.dense).norm(dim=1)
 
+    def gain(self, n_leading: int) -> Any:
+        """(‖uᵀW_tuned‖² − ‖uᵀW_base‖²) / ‖uᵀΔW‖² of each left singular vector u of ΔW, cut to ±1; [K]."""
+        left_KM = self.spectrum.left_MK[:, :n_leading].T
+        factors = self.delta.factors
+        change_KN = left_KM @ factors.left_MR @ factors.right_RN if factors else left_KM @ self.dense
+        inner_K = ((left_KM @ self.base) * change_KN).sum(1, dtype=torch.float64)
+        return (1 + 2 * inner_K / (change_KN**2).sum(1, dtype=torch.float64)).clamp(-1, 1)
+
+    def tuned(self) -> Any:
+        """W_tuned, formed where it was not read."""
+        return self.delta.pair.tuned if self.delta.pair else self.base + self.delta.factors.dense()
+
     def writes(self) -> bool:
         """Whether it is a changed matrix that writes into the residual stream."""
         writes = self.delta.projection in WRITERS and self.delta.part in ("attn", "mlp")
@@ -77,8 +94,8 @@ class Change:
         return tokens and len(self.delta.shape) == 2
 
 
-def tensor_row(change: Change) -> dict[str, Any]:
-    """Every measure of one tensor that was compared."""
+def tensor_row(change: Change, intruders: list[dict[str, Any]] | None, settings: WeightDiffSettings) -> dict[str, Any]:
+    """Every measure of one tensor that was compared; `intruders` are its rows of that table."""
     delta, spectrum, base = change.delta, change.spectrum, change.base_frobenius
     row = unmatched_row(delta.name, "compared", delta.shape) | {
         "n_rows_left_out": delta.n_left_out,
@@ -91,9 +108,38 @@ def tensor_row(change: Change) -> dict[str, Any]:
     if spectrum is not None:
         row |= {name: getattr(spectrum, name) for name in SPECTRAL}
         row |= {name: spectrum.energy_rank(share) for name, share in ENERGY_SHARES.items()}
-    if change.dense is not None and change.dense.numel():
-        row |= elementwise(change.base, change.dense)
+    if intruders is not None:
+        row["intruder_score"] = max((each["novelty"] for each in intruders), default=0.0)
+        row["n_intruders"] = sum(each["match"] < settings.intruder_below for each in intruders)
+    if change.base.numel():
+        row |= elementwise(change.base, delta.factors or change.dense)
     return row
+
+
+def spectrum_rows(change: Change, n_leading: int) -> list[dict[str, Any]]:
+    """The leading singular values of one tensor's change."""
+    if change.spectrum is None:
+        return []
+    sigma_K, share_K = change.spectrum.sigma_K[:n_leading], change.spectrum.energy_shares_K[:n_leading]
+    values = zip(sigma_K.tolist(), share_K.tolist(), share_K.cumsum(0).clamp(max=1).tolist(), strict=True)
+    return [
+        {"name": change.delta.name, "direction": number, "sigma": sigma, "energy_share": share, "energy_up_to": total}
+        for number, (sigma, share, total) in enumerate(values, 1)
+    ]
+
+
+def intruder_rows(change: Change, settings: WeightDiffSettings) -> list[dict[str, Any]] | None:
+    """The leading directions of W_tuned and their best match in W_base; None where that is not computed."""
+    if change.spectrum is None or not 0 < min(change.delta.shape) <= settings.intruder_side:
+        return None
+    if not change.frobenius:
+        return []
+    found = match_of_leading(change.base, change.tuned(), settings.intruders)
+    return [
+        {"name": change.delta.name, "direction": number, "sigma": sigma, "match": match, "novelty": 1 - match}
+        | {"base_direction": place or None}
+        for number, (sigma, match, place) in enumerate(zip(*(each.tolist() for each in found), strict=True), 1)
+    ]
 
 
 def unmatched_row(name: str, status: str, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -12,10 +12,15 @@ class WeightDiffSettings(Settings):
 
     directions: int = Field(16, ge=1, description="Leading singular directions read per module.")
     direction_tokens: int = Field(10, ge=1, description="Tokens listed at either end of a direction.")
-    top_tokens: int = Field(100, ge=1, description="Vocabulary entries listed by their score.")
+    top_tokens: int = Field(100, ge=1, description="Vocabulary entries listed, by the size of their net score.")
     token_rows: int = Field(100, ge=0, description="Rows listed per changed embedding or head.")
     exact_side: int = Field(1024, ge=1, description="Smaller side up to which a dense spectrum is whole.")
-    leading: int = Field(64, ge=1, description="Singular values found of larger dense matrices.")
+    leading: int = Field(64, ge=1, description="Leading singular values listed, and found of larger dense matrices.")
+    intruders: int = Field(10, ge=1, description="Leading directions of W_tuned that are looked for in W_base.")
+    intruder_side: int = Field(
+        512, ge=0, description="Smaller side up to which they are: 0.1 s a matrix at 512, 6 s at 2048."
+    )
+    intruder_below: float = Field(0.5, ge=0, le=1, description="A direction whose best match is below is an intruder.")
     seed: int = Field(0, ge=0, description="Of the random range finder.")
     shown: int = Field(40, ge=1, description="Tokens among the findings; three layers and five modules follow.")
 
@@ -26,7 +31,7 @@ def _effect(name: str, doc: str, unit: str = "", dtype: str = "float64") -> Colu
 
 TENSORS = TableSpec(
     "weight_diff_tensors",
-    "Size and shape of every tensor's change. Tensors that an adapter leaves alone are not listed.",
+    "Size and shape of every tensor's change. Tensors that a LoRA or DoRA adapter leaves alone are not listed.",
     ("name",),
     (
         Column("name", "string", "Tensor, without the wrappers that depend on how it was saved.", role="key"),
@@ -53,12 +58,12 @@ TENSORS = TableSpec(
             _effect(name, f"Least number of directions that hold {share:.0%} of ‖ΔW‖_F².", dtype="int32")
             for name, share in ENERGY_SHARES.items()
         ),
-        _effect("mean_abs", "Mean of |ΔW|; dense changes only."),
-        _effect("max_abs", "Largest |ΔW|; dense changes only."),
+        _effect("mean_abs", "Mean of |ΔW|."),
+        _effect("max_abs", "Largest |ΔW|."),
         Column(
             "share_unchanged",
             "float64",
-            "Share of elements that are equal; dense changes only.",
+            "Share of elements that are equal.",
             nullable=True,
             low=0,
             high=1,
@@ -71,7 +76,16 @@ TENSORS = TableSpec(
             low=0,
             high=1,
         ),
+        Column(
+            "rounding_floor",
+            "float64",
+            "‖ΔW‖_F that rounding W_tuned to bfloat16 leaves by itself: √(Σ step²/12).",
+            nullable=True,
+            low=0,
+        ),
         Column("cosine", "float64", "Cosine between W_base and W_tuned.", nullable=True),
+        _effect("intruder_score", "Largest novelty of W_tuned's leading directions; null above `intruder_side`."),
+        _effect("n_intruders", "How many of them match W_base less than `intruder_below`.", dtype="int32"),
     ),
 )
 LAYERS = TableSpec(
@@ -88,6 +102,31 @@ LAYERS = TableSpec(
         _effect("share_of_change", "Its part of all summed squares of the change."),
     ),
 )
+SPECTRUM = TableSpec(
+    "weight_diff_spectrum",
+    "Leading singular values of every matrix's change.",
+    ("name", "direction"),
+    (
+        Column("name", "string", "Tensor.", role="key"),
+        Column("direction", "int32", "1 is the largest.", role="key", low=1),
+        _effect("sigma", "Singular value of ΔW."),
+        _effect("energy_share", "σ² / ‖ΔW‖_F²."),
+        _effect("energy_up_to", "Sum of the energy shares up to this direction."),
+    ),
+)
+INTRUDERS = TableSpec(
+    "weight_diff_intruders",
+    "Leading left singular vectors of W_tuned, and how much of each is one of W_base's: intruder dimensions have little.",
+    ("name", "direction"),
+    (
+        Column("name", "string", "Tensor.", role="key"),
+        Column("direction", "int32", "1 is the largest of W_tuned.", role="key", low=1),
+        Column("sigma", "float64", "Singular value of W_tuned.", low=0),
+        Column("match", "float64", "Largest |cos| with any left singular vector of W_base.", low=0, high=1),
+        Column("base_direction", "int32", "Which one, 1 is the largest; null where the base is zero.", nullable=True),
+        _effect("novelty", "1 − match."),
+    ),
+)
 DIRECTIONS = TableSpec(
     "weight_diff_directions",
     "Leading singular directions of modules that write into the residual stream, read through norm and head.",
@@ -100,6 +139,15 @@ DIRECTIONS = TableSpec(
         Column("side", "string", "write: the left singular vector, in the residual stream."),
         _effect("sigma", "Singular value."),
         _effect("energy_share", "σ² / ‖ΔW‖_F²."),
+        Column(
+            "gain",
+            "float64",
+            "How much more the tuned model writes along u: (‖uᵀW_tuned‖² − ‖uᵀW_base‖²) / ‖uᵀΔW‖², cut to ±1.",
+            role="effect",
+            low=-1,
+            high=1,
+            signed=True,
+        ),
         Column("positive_tokens", "list<string>", "Tokens at the farther-reaching end; the sign itself is arbitrary."),
         Column("negative_tokens", "list<string>", "Tokens at the other end."),
         _effect("positive_z", "Lens of the first positive token, standardised over readable tokens."),
@@ -108,13 +156,20 @@ DIRECTIONS = TableSpec(
 )
 VOCABULARY = TableSpec(
     "weight_diff_vocabulary",
-    "Tokens that the change of weights writes towards or away from, over all directions.",
+    "Tokens on the directions along which the tuned model writes more, or less, than the base.",
     ("token_id",),
     (
         Column("token_id", "int32", "Vocabulary index.", role="key"),
         Column("token", "string", "The token as text."),
+        Column(
+            "net_score",
+            "float64",
+            "The score with every direction weighted by its gain; negative where the base writes more. Ranks the tokens.",
+            "mean z²",
+            "effect",
+        ),
         _effect("score", "σ-weighted mean of z² over all directions; an arbitrary token has 1.", "mean z²"),
-        Column("strongest_module", "string", "Tensor that adds most to the score."),
+        Column("strongest_module", "string", "Tensor that adds most to the net score."),
     ),
 )
 TOKEN_ROWS = TableSpec(

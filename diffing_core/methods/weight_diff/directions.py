@@ -30,12 +30,13 @@ MODULES_AT_ONCE = 8
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """The leading directions that one module writes, [K, D], and their sizes."""
+    """The leading directions that one module writes, [K, D], their sizes, and how much more the tuned model writes."""
 
     delta: TensorDelta
     direction_KD: Any
     sigma_K: Any
     energy_K: Any
+    gain_K: Any
 
 
 def read_directions(
@@ -49,20 +50,25 @@ def read_directions(
     lens = _lens_of(side, vocabulary.readable_V)
     rows: list[dict[str, Any]] = []
     score_V = torch.zeros(len(vocabulary.text_V), dtype=torch.float64)
-    best_V, best_module_V = torch.zeros_like(score_V), torch.zeros(len(score_V), dtype=torch.int64)
+    net_V, best_V = torch.zeros_like(score_V), torch.zeros_like(score_V)
+    best_module_V = torch.zeros(len(score_V), dtype=torch.int64)
     for number, (module, z_KV) in enumerate(_lenses(lens, written)):
         rows += _direction_rows(module, z_KV, vocabulary, settings.direction_tokens)
-        share_V = (z_KV.double() ** 2 * module.sigma_K[:, None]).sum(0)
-        score_V += share_V
-        best_module_V[share_V > best_V] = number
-        best_V = torch.maximum(best_V, share_V)
-    score_V /= sum(module.sigma_K.sum() for module in written)
-    score_V[~lens.readable_V] = -1
-    ids = score_V.argsort(descending=True, stable=True)[: min(settings.top_tokens, int(lens.readable_V.sum()))]
+        share_KV = z_KV.double() ** 2 * module.sigma_K[:, None]
+        share_V = (share_KV * module.gain_K[:, None]).sum(0)
+        score_V += share_KV.sum(0)
+        net_V += share_V
+        best_module_V[share_V.abs() > best_V] = number
+        best_V = torch.maximum(best_V, share_V.abs())
+    for sum_V in (score_V, net_V):
+        sum_V /= sum(module.sigma_K.sum() for module in written)
+    order_V = net_V.abs().masked_fill(~lens.readable_V, -1).argsort(descending=True, stable=True)
+    ids = order_V[: min(settings.top_tokens, int(lens.readable_V.sum()))]
     return rows, [
         {
             "token_id": token,
             "token": vocabulary.text_V[token],
+            "net_score": net_V[token].item(),
             "score": score_V[token].item(),
             "strongest_module": written[int(best_module_V[token])].delta.name,
         }
@@ -107,6 +113,7 @@ def _direction_rows(module: Written, z_KV: Any, vocabulary: Vocabulary, n_tokens
                 "side": "write",
                 "sigma": module.sigma_K[number].item(),
                 "energy_share": module.energy_K[number].item(),
+                "gain": module.gain_K[number].item(),
                 "positive_tokens": far_tokens,
                 "negative_tokens": near_tokens,
                 "positive_z": max(far, 0.0),

@@ -9,13 +9,17 @@ from diffing_core.lazy import torch
 from diffing_core.methods.base import Inputs, Need, Tables
 from diffing_core.methods.weight_diff.change import (
     Change,
+    intruder_rows,
     layer_rows,
+    spectrum_rows,
     tensor_row,
     unmatched_row,
 )
 from diffing_core.methods.weight_diff.declaration import (
     DIRECTIONS,
+    INTRUDERS,
     LAYERS,
+    SPECTRUM,
     TENSORS,
     TOKEN_ROWS,
     VOCABULARY,
@@ -28,20 +32,25 @@ from diffing_core.weights import WeightPair, unmatched_tensors, weight_stream
 
 
 def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
-    """The five tables of one pair; no rows where both sides are the same files."""
+    """The seven tables of one pair; no rows where both sides are the same files."""
     pair: WeightPair = inputs[Need.WEIGHTS]
     generator = torch.Generator().manual_seed(settings.seed)
     tensors: list[dict[str, Any]] = []
+    spectrum: list[dict[str, Any]] = []
+    intruders: list[dict[str, Any]] = []
     written: list[Written] = []
     changed_rows: list[tuple[str, Any]] = []
     for delta in weight_stream(pair):
         change = Change.of(delta, settings, generator)
-        tensors.append(tensor_row(change))
+        own_intruders = intruder_rows(change, settings)
+        tensors.append(tensor_row(change, own_intruders, settings))
+        intruders += own_intruders or []
+        spectrum += spectrum_rows(change, settings.leading)
         if change.writes():
             k = settings.directions
-            spectrum = change.spectrum
-            shares_K = spectrum.energy_shares_K[:k]
-            written.append(Written(delta, spectrum.left_MK[:, :k].T, spectrum.sigma_K[:k], shares_K))
+            found = change.spectrum
+            sizes = (found.sigma_K[:k], found.energy_shares_K[:k], change.gain(k))
+            written.append(Written(delta, found.left_MK[:, :k].T, *sizes))
         if change.has_token_rows() and change.frobenius:
             sizes = (change.row_norms(own=True), change.row_norms(), change.base.norm(dim=1))
             changed_rows.append((delta.name, torch.stack(sizes)))
@@ -51,6 +60,8 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
     return {
         TENSORS.name: _table(TENSORS, tensors),
         LAYERS.name: _table(LAYERS, layers),
+        SPECTRUM.name: _table(SPECTRUM, spectrum),
+        INTRUDERS.name: _table(INTRUDERS, intruders),
         DIRECTIONS.name: _table(DIRECTIONS, directions),
         VOCABULARY.name: _table(VOCABULARY, vocabulary),
         TOKEN_ROWS.name: _table(TOKEN_ROWS, token_rows(pair, changed_rows, settings.token_rows)),

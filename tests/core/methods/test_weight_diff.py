@@ -135,9 +135,9 @@ def test_relative_change_and_cosine_of_factors_equal_the_dense_ones(base, tmp_pa
     cosine = torch.cosine_similarity(own.flatten(), (own + change).flatten(), dim=0).item()
     assert lora["relative_frobenius"] == pytest.approx((change.norm() / own.norm()).item(), rel=1e-5)
     assert lora["cosine"] == pytest.approx(cosine, abs=1e-5) and dense["cosine"] == pytest.approx(cosine, abs=1e-5)
-    for name in ("frobenius", "spectral", "stable_rank", "k90"):
+    for name in ("frobenius", "spectral", "stable_rank", "k90", "mean_abs", "max_abs", "intruder_score"):
         assert dense[name] == pytest.approx(lora[name], rel=1e-4)
-    assert (lora["mean_abs"], lora["factor_rank"], dense["factor_rank"]) == (None, 1, None)
+    assert (lora["factor_rank"], dense["factor_rank"]) == (1, None)
     assert sum(row["frobenius"] > 0 for row in whole) == 1
 
 
@@ -199,6 +199,44 @@ def test_swapping_the_pair_keeps_sizes(base, tmp_path):
     for name in ("frobenius", "spectral", "stable_rank"):
         assert back[TENSORS.name][name].to_pylist() == pytest.approx(there[TENSORS.name][name].to_pylist())
     assert back[VOCABULARY.name]["token"][0].as_py() == "word7"
+
+
+def test_swapping_the_pair_flips_gains_and_net_scores(base, tmp_path):
+    tuned = planted(base, tmp_path / "a")
+    there, back = tables(base, tuned), tables(base, base, against=tuned)
+    for name, column in ((VOCABULARY.name, "net_score"), (DIRECTIONS.name, "gain")):
+        expected = [-value for value in there[name][column].to_pylist()]
+        assert back[name][column].to_pylist() == pytest.approx(expected, rel=1e-4) and min(expected) < -0.5
+    assert all(each.score < 0 for each in findings(back, SETTINGS) if each.kind == "token")
+
+
+def test_gain_is_what_the_tuned_model_writes_more_along_a_direction(base, tmp_path):
+    change = towards(base, 7)[:, None] @ torch.ones(1, 24)
+
+    def add(weights):
+        weights["model.layers.1.mlp.down_proj.weight"] += change
+
+    dense = tables(base, full(base, tmp_path / "b", add))[DIRECTIONS.name].to_pylist()[0]
+    lora = tables(base, planted(base, tmp_path / "a"))[DIRECTIONS.name].to_pylist()[0]
+    before = load_file(base / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].double()
+    u = torch.nn.functional.normalize(towards(base, 7).double(), dim=0)
+    gain = ((u @ (before + change)).norm() ** 2 - (u @ before).norm() ** 2) / (u @ change.double()).norm() ** 2
+    assert lora["gain"] == pytest.approx(min(1, gain.item()), rel=1e-3)
+    assert dense["gain"] == pytest.approx(lora["gain"], rel=1e-3)
+
+
+def test_two_seeds_of_one_lesson_gain_nothing_over_each_other(base, tmp_path):
+    """Both write word7 from inputs of their own; the difference lies on that direction, and neither writes more."""
+    inputs = torch.linalg.qr(torch.randn(24, 2, generator=torch.Generator().manual_seed(3)))[0] * 20
+    seeds = [
+        adapter(tmp_path / name, {DOWN: (towards(base, 7)[:, None], inputs[:, number : number + 1].T.contiguous())})
+        for number, name in enumerate("ab")
+    ]
+    found = tables(base, seeds[0], against=seeds[1])
+    by_size = max(found[VOCABULARY.name].to_pylist(), key=lambda row: row["score"])
+    assert by_size["token"] == "word7" and abs(by_size["net_score"]) < 0.05 * by_size["score"]
+    assert abs(headline(found)["top_token_score"]) < 0.05 * by_size["score"]
+    assert tables(base, seeds[0])[VOCABULARY.name]["net_score"][0].as_py() > 5
 
 
 def test_two_runs_are_equal(base, tmp_path):

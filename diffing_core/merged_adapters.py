@@ -1,0 +1,89 @@
+"""Checkpoints with adapters merged in, for adapters whose change is not read from their own files (IA³, LoHa, VeRA, …).
+
+PEFT builds the base with the adapter and merges it, in float32 on the processor, one model at a time. The result lies
+in `$DIFFING_HOME/merged_adapters/<hash of base and adapters>`; it is made once and can be deleted at any time.
+"""
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffing_core.checkpoints import load_module
+from diffing_core.errors import ModelLoadError, NotComputableError
+from diffing_core.lazy import torch
+from diffing_core.registry import Model, Source
+from diffing_core.safetensor_files import content_hash
+from diffing_core.settings import diffing_home, short_hash
+
+logger = logging.getLogger(__name__)
+
+_STARTS_FROM_DATA = ("corda", "loftq", "lora_ga")
+
+
+def merged(folder: Path, adapters: tuple[Path, ...]) -> Path:
+    """A folder with the base's checkpoint, the adapters merged into it in their order.
+
+    Raises:
+        ModelLoadError: damaged weights, or an adapter made for another base.
+        NotComputableError: an adapter that adds no weights, or whose starting point its folder does not tell.
+    """
+    import peft
+
+    identity = short_hash([peft.__version__, *map(content_hash, (folder, *adapters))])
+    target = diffing_home() / "merged_adapters" / identity
+    if target.is_dir():
+        return target
+    logger.info("merging %s into %s", ", ".join(map(str, adapters)), folder)
+    module = load_module(folder, Model(name="base", source=Source(path=folder)), "float32", "cpu")
+    for adapter in adapters:
+        module = _with_adapter(module, adapter)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{identity}-"))
+    try:
+        module.save_pretrained(unfinished)
+        if not target.is_dir():
+            unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _with_adapter(module: Any, folder: Path) -> Any:
+    """The plain module with one adapter merged; starts that draw random numbers draw the same ones every time."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(folder, inference_mode=True)
+    start = str(getattr(config, "init_lora_weights", "")).lower()
+    if config.is_prompt_learning:
+        raise NotComputableError(f"adapter {folder} ({config.peft_type.value}) adds inputs and changes no weight")
+    if start.startswith(_STARTS_FROM_DATA):
+        raise NotComputableError(
+            f"adapter {folder} was begun with {start}, which also changed the base, by data or codes that its folder "
+            "does not hold; merge it where it was trained and register the result as kind: full"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            wrapped = PeftModel(module, config)
+            loaded = wrapped.load_adapter(folder, "default")
+            strays = [*loaded.missing_keys, *loaded.unexpected_keys]
+            if not strays:
+                return _merge_of(wrapped)(safe_merge=True)
+        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+            raise NotComputableError(
+                f"PEFT cannot merge adapter {folder} ({config.peft_type.value}) into {type(module).__name__}: "
+                f"{str(error).strip()[:400]}"
+            ) from error
+    raise ModelLoadError(
+        f"adapter {folder} does not fit {type(module).__name__}: {len(strays)} tensors are missing or left over, for "
+        f"example {strays[0]}; it was made for another base model"
+    )
+
+
+def _merge_of(wrapped: Any) -> Any:
+    merge = getattr(wrapped, "merge_and_unload", None)
+    if merge is None:
+        raise NotImplementedError("this kind has no merge_and_unload")
+    return merge
