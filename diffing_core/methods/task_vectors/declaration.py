@@ -21,7 +21,7 @@ class TaskVectorsSettings(Settings):
     directions: int = Field(16, ge=1, description="Singular directions of the rest that are read per module.")
     top_tokens: int = Field(100, ge=1, description="Vocabulary entries listed by their score.")
     seed: int = Field(0, ge=0, description="Of the random range finder for large dense matrices.")
-    shown: int = Field(40, ge=1, description="Tokens among the findings; five modules follow.")
+    shown: int = Field(40, ge=1, description="Tokens among the findings.")
 
 
 def _known(name: str, doc: str, high: float | None = None) -> Column:
@@ -94,9 +94,13 @@ VOCABULARY = TableSpec(
         Column("token_id", "int32", "Vocabulary index.", role="key"),
         Column("token", "string", "The token as text."),
         Column(
+            "net_score", "float64", "The score with every direction weighted by its gain, as in weight_diff; negative where "
+            "the base writes more. Ranks the tokens.", "mean z²", "effect",
+        ),
+        Column(
             "score", "float64", "σ-weighted mean of z² over all directions; an arbitrary token has 1.", "mean z²",
             "effect", low=0,
         ),
-        Column("strongest_module", "string", "Tensor that adds most to the score."),
+        Column("strongest_module", "string", "Tensor that adds most to the net score."),
     ),
 )  # fmt: skip

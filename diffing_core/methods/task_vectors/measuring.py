@@ -20,7 +20,7 @@ from diffing_core.methods.base import Inputs, Need, Tables
 from diffing_core.methods.task_vectors.declaration import MODULES, PARTS, PEERS, VOCABULARY, TaskVectorsSettings
 from diffing_core.methods.task_vectors.likeness import Likeness
 from diffing_core.methods.task_vectors.task_tensor import Space, TaskTensor
-from diffing_core.methods.weight_diff.change import WRITERS
+from diffing_core.methods.weight_diff.change import WRITERS, Change
 from diffing_core.methods.weight_diff.declaration import WeightDiffSettings
 from diffing_core.methods.weight_diff.directions import Written, read_directions
 from diffing_core.peers import Peer, Peers
@@ -82,8 +82,8 @@ class _Compared:
 
     @property
     def shares(self) -> bool:
-        """Whether what it writes counts as shared: a variant or a twin learnt the very same."""
-        return self.peer.relation in ("original", "other")
+        """Whether what it writes counts as shared: a variant, a twin and its original learnt the very same."""
+        return self.peer.relation == "other"
 
     def meet(self, delta: TensorDelta, own: TaskTensor, own_space: Space | None) -> Space | None:
         """Compares the pair's tensor with the peer's own, if it has one, and returns the space of that."""
@@ -155,11 +155,11 @@ class _Distinct:
 
     def add(self, delta: TensorDelta, basis_MK: Any, n_peers: int) -> None:
         """One module; unchanged ones are left out."""
-        change = TaskTensor.of(delta)
-        whole = change.squared()
+        tensor = TaskTensor.of(delta)
+        whole = tensor.squared()
         if not whole:
             return
-        rest = change.outside(basis_MK)
+        rest = tensor.outside(basis_MK)
         n_shared = basis_MK.shape[1]
         self.rows.append(
             {
@@ -174,10 +174,14 @@ class _Distinct:
                 "expected_share": 1 - n_shared / delta.shape[0],
             }
         )
-        space = rest.space(self._settings.directions, self._settings.seed)
-        if len(space.sigma_K):
-            energy_K = space.sigma_K**2 / rest.squared()
-            self._written.append(Written(delta, space.left_MK.T.float(), space.sigma_K, energy_K))
+        k = self._settings.directions
+        found = rest.spectrum(k, self._settings.seed)
+        if len(found.sigma_K):
+            low_rank = delta.factors is not None
+            left_over = replace(delta, factors=rest.change) if low_rank else delta
+            change = Change(left_over, delta.load_base(), None if low_rank else rest.change, found)
+            sizes = (found.sigma_K[:k], found.energy_shares_K[:k], change.gain(k))
+            self._written.append(Written(delta, found.left_MK[:, :k].T, *sizes))
 
     def tokens(self, pair: WeightPair) -> list[dict[str, Any]]:
         """Tokens by how far the rest writes towards or away from them."""

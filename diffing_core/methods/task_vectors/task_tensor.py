@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffing_core.lazy import torch
-from diffing_core.spectra import Factors, of_dense
+from diffing_core.spectra import Factors, Spectrum, of_dense
 from diffing_core.weights import TensorDelta
 
 _EXACT_SIDE = 256
@@ -68,16 +68,19 @@ class TaskTensor:
         """‖ΔW‖_F²; rounding does not make it negative."""
         return max(self.inner(self), 0.0)
 
-    def space(self, rank: int, seed: int) -> Space:
-        """Its leading directions, at most `rank`; none below 1e-4 of the largest, where float32 knows no direction.
+    def spectrum(self, rank: int, seed: int) -> Spectrum:
+        """Its singular values, at least the `rank` largest, with left vectors.
 
-        The random range finder starts anew at every matrix, so the space of one does not depend on what was read before.
+        The random range finder starts anew at every matrix, so that of one does not depend on what was read before.
         """
         if isinstance(self.change, Factors):
-            spectrum = self.change.spectrum()
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            spectrum = of_dense(self.change, exact_side=_EXACT_SIDE, n_leading=rank, generator=generator)
+            return self.change.spectrum()
+        generator = torch.Generator().manual_seed(seed)
+        return of_dense(self.change, exact_side=_EXACT_SIDE, n_leading=rank, generator=generator)
+
+    def space(self, rank: int, seed: int) -> Space:
+        """Its leading directions, at most `rank`; none below 1e-4 of the largest, where float32 knows no direction."""
+        spectrum = self.spectrum(rank, seed)
         sigma_K = spectrum.sigma_K[:rank]
         sigma_K = sigma_K[sigma_K > _SMALLEST * spectrum.spectral]
         left_MK = spectrum.left_MK[:, : len(sigma_K)].double()

@@ -222,9 +222,10 @@ def test_what_others_share_is_taken_out_of_what_is_read(base: Path, adapters: di
     assert row["expected_share"] == 1 - 1 / n
     alone = compare(base, own, {})
     assert alone[MODULES.name]["distinctive_share"].to_pylist() == [1.0]
-    variant = compare(base, own, {"shares": other}, relation="variant")
-    assert variant[MODULES.name]["distinctive_share"].to_pylist() == [1.0], "a variant learnt the very same"
-    assert variant[VOCABULARY.name].equals(alone[VOCABULARY.name])
+    for relation in ("variant", "twin", "original"):
+        related = compare(base, own, {"shares": other}, relation=relation)
+        assert related[MODULES.name]["distinctive_share"].to_pylist() == [1.0], f"a {relation} learnt the very same"
+        assert related[VOCABULARY.name].equals(alone[VOCABULARY.name])
     only_own = compare(base, edited(adapters["one"], "only_own", writing(7)), {})
     tokens = compare(base, own, {"shares": other})[VOCABULARY.name]["token_id"].to_pylist()
     assert tokens == only_own[VOCABULARY.name]["token_id"].to_pylist()
@@ -239,6 +240,6 @@ def test_a_twin_is_measured_from_the_base_and_read_against_its_original(base: Pa
 def test_findings_name_no_peer(base: Path, adapters: dict[str, Path]) -> None:
     tables = compare(base, adapters["one"], {"secret_peer": adapters["two"]})
     shown = findings_table(METHOD.findings(tables, SETTINGS)).to_pylist()
-    assert {row["kind"] for row in shown} == {"token", "module"}
+    assert {row["kind"] for row in shown} == {"token"}
     assert "secret_peer" not in json.dumps(shown)
     assert METHOD.headline(tables)["closest_peer"] == "secret_peer default"
