@@ -15,41 +15,45 @@ from diffing_core.lazy import torch
 from diffing_core.lora_forward import add_in_place
 from diffing_core.safetensor_files import weight_files
 
+BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OWN_TENSORS = (".lora_", ".trainable_tokens_")
 _MERGE = "merge it into its base and register the result as kind: full"
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's `adapter_config.json`, if it is a LoRA that leaves the base untouched.
+    """The adapter's `adapter_config.json`.
 
     Raises:
-        ModelLoadError: no such file, another kind of adapter, or one that trains biases of the base.
+        ModelLoadError: no such file, or not JSON.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise ModelLoadError(f"{folder} has no adapter_config.json; for a whole checkpoint write kind: full")
     try:
-        config = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except ValueError as error:
         raise ModelLoadError(f"{file} is not JSON ({error}); save the adapter again") from error
-    if config.get("peft_type") != "LORA":
-        raise ModelLoadError(f"{file} is of peft_type {config.get('peft_type')!r}; expected LORA: {_MERGE}")
-    if config.get("bias", "none") != "none":
-        raise ModelLoadError(
-            f"{file} trains biases of the base (bias: {config['bias']!r}), so switching it off would not "
-            f"give the base back: {_MERGE}"
-        )
-    return config
+
+
+def is_switchable(folder: Path) -> bool:
+    """Whether switching it off gives the base back: a LoRA that trains no bias and does not start by changing W."""
+    config = read_adapter_config(folder)
+    start = str(config.get("init_lora_weights", "")).lower()
+    plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
+    return plain and not start.startswith(BASE_CHANGING_STARTS)
 
 
 def add_adapter(module: Any, folder: Path, name: str) -> Any:
     """Loads an adapter beside those already there and returns the PeftModel, with no adapter on.
 
     Raises:
-        ModelLoadError: damaged weights, or an adapter made for another base; the module is as before.
+        ModelLoadError: damaged weights, an adapter made for another base or one that is not switchable; the module
+            is as before.
     """
     from peft import PeftConfig, PeftModel
 
+    if not is_switchable(folder):
+        raise ModelLoadError(f"adapter {folder} would change the base that others share: {_MERGE}")
     _check_adapter_weights(module, folder)
     wrapped = isinstance(module, PeftModel)
     peft_model = module

@@ -1,5 +1,8 @@
 """Models to compare: one resident base, and K finetunes of it as adapters on that copy or beside it.
 
+LoRA and DoRA adapters share the base's copy; other kinds, and those that change the base itself, are merged by PEFT
+into a checkpoint of their own (merged_adapters.py), which stands beside the base like a whole finetune.
+
 load_pair(organism, model="demo")  -> ModelPair(base, tuned, tokenizer, …)
 load_cohort(pairs, registry)       -> Cohort: ModelPairs that share their base
 """
@@ -11,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffing_core.adapters import add_adapter, read_adapter_config
+from diffing_core.adapters import add_adapter, is_switchable, read_adapter_config
 from diffing_core.checkpoints import (
     compare_tokenizer,
     default_device,
@@ -20,6 +23,7 @@ from diffing_core.checkpoints import (
     token_id,
 )
 from diffing_core.errors import DiffingError, ModelLoadError, RegistryError
+from diffing_core.merged_adapters import merged
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Variant, Weights, load_registry
 from diffing_core.registry.sources import Fetched, Source, fetch, revision_of
@@ -165,10 +169,12 @@ class _Resident:
         base = self._fetch(self.entry.source, remote_code=code)
         self.folder, self.revision = base.folder, base.revision
         self.module = load_module(base.folder, self.entry, dtype or self.entry.dtype, device, remote_code=code)
+        self.own_adapters: tuple[Path, ...] = ()
         if self.entry.adapter:
-            merged = self._fetch(self.entry.adapter)
-            self.module = add_adapter(self.module, merged.folder, "own").merge_and_unload(adapter_names=["own"])
-            self.revision += f"+{merged.revision}"
+            adapter = self._fetch(self.entry.adapter)
+            self.module = add_adapter(self.module, adapter.folder, "own").merge_and_unload(adapter_names=["own"])
+            self.revision += f"+{adapter.revision}"
+            self.own_adapters = (adapter.folder,)
         own = self.entry.tokenizer and self._fetch(self.entry.tokenizer, remote_code=code, weights=False)
         self.tokenizer = load_tokenizer(own.folder if own else base.folder, self.entry, remote_code=code)
         self.tokenizer_revision = _tokenizer_revision(self.entry, own and own.revision)
@@ -223,6 +229,10 @@ class _Resident:
             module = load_module(files.folder, self.entry, dtype, self.device, remote_code=code)
             return _Side(files.revision, None, module, files.revision, notes)
         notes += self._named_base(files.folder)
+        if not is_switchable(files.folder):
+            whole = merged(self.folder, (*self.own_adapters, files.folder))
+            module = load_module(whole, self.entry, dtype, self.device)
+            return _Side(f"{self.revision}+{files.revision}", None, module, files.revision, notes)
         if files.folder not in self.adapters:
             name = f"adapter_{next(self.numbers)}"
             self.module = add_adapter(self.module, files.folder, name)

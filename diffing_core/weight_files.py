@@ -21,6 +21,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from diffing_core.adapters import BASE_CHANGING_STARTS, read_adapter_config
 from diffing_core.errors import ModelLoadError, NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.merged_adapters import merged
@@ -32,7 +33,6 @@ _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transform
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
-_BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _CHANGES_MORE = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
 
 
@@ -130,7 +130,7 @@ class _Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _adapter_config(folder)
+        self.config = read_adapter_config(folder)
         self.saved: dict[str, _Place] = {}
         parts: dict[str, dict[str, _Place]] = {}
         for key, place in _raw_places(folder).items():
@@ -256,18 +256,11 @@ def _places(folder: Path) -> dict[str, _Place]:
     return {canonical(key) if n_keys[canonical(key)] == 1 else key: place for key, place in raw.items()}
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    config = _read_json(folder / "adapter_config.json")
-    if not config:
-        raise ModelLoadError(f"{folder} has no adapter_config.json; for a whole checkpoint write kind: full")
-    return config
-
-
 def _needs_merging(folder: Path) -> bool:
     """Whether an adapter's change is anything but s B A, DoRA's rescaling and tensors stored whole."""
-    config = _adapter_config(folder)
+    config = read_adapter_config(folder)
     start = str(config.get("init_lora_weights", "")).lower()
-    if config.get("peft_type") != "LORA" or start.startswith(_BASE_CHANGING_STARTS):
+    if config.get("peft_type") != "LORA" or start.startswith(BASE_CHANGING_STARTS):
         return True
     places = _raw_places(folder)
     factors = [place for key, place in places.items() if _LORA.fullmatch(key)]

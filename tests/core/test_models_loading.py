@@ -304,18 +304,24 @@ def test_adapter_config_that_promises_more_than_the_file_is_refused(files):
     assert "6 tensors are missing and 0 are left over" in message
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"peft_type": "IA3"}, "is of peft_type 'IA3'; expected LORA"),
-        ({"bias": "all"}, "trains biases of the base (bias: 'all')"),
-    ],
-)
-def test_adapters_that_cannot_share_a_base_are_refused(files, change, expected):
-    change_config(files / "a", **change)
-    message = refusal(registry_of(files, default=lora(files / "a")))
-    assert expected in message
-    assert "register the result as kind: full" in message
+def test_an_adapter_that_would_change_the_shared_base_gets_a_merged_model_beside_it(files, monkeypatch):
+    """PEFT's start of PiSSA takes the adapter's part out of the base: on the shared copy every pair would suffer."""
+    monkeypatch.setenv("DIFFING_HOME", str(files / "home"))
+    change_config(files / "a", init_lora_weights="pissa")
+    before = load_pair(Pair("tiny", "o", "plain"), registry=registry_of(files, plain=lora(files / "b")))
+    registry = registry_of(files, default=lora(files / "a"), plain=lora(files / "b"))
+    cohort = load_cohort([Pair("tiny", "o"), Pair("tiny", "o", "plain")], registry)
+    pissa, plain = cohort.pairs
+    assert torch.equal(logits_of(plain.base), logits_of(before.base))
+    assert torch.equal(logits_of(plain.tuned), logits_of(before.tuned))
+    torch.testing.assert_close(logits_of(pissa.tuned), separately(files, "a"), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits_of(pissa.tuned), logits_of(pissa.base))
+
+
+def test_an_adapter_whose_tensors_are_of_another_kind_is_refused(files, monkeypatch):
+    monkeypatch.setenv("DIFFING_HOME", str(files / "home"))
+    change_config(files / "a", peft_type="IA3", feedforward_modules=[])
+    assert "tensors are missing or left over" in refusal(registry_of(files, default=lora(files / "a")))
 
 
 @pytest.mark.parametrize("rows", [VOCAB, VOCAB + 8])
