@@ -180,7 +180,7 @@ def elementwise(base: Any, change: Any) -> dict[str, float | None]:
 
 
 def match_of_leading(base_MN: Any, tuned_MN: Any, n_leading: int) -> tuple[Any, Any, Any]:
-    """How far the leading left singular vectors u_k of `tuned` are to be found in `base`: σ_k, max_i |⟨u_k, u_i⟩| and i.
+    """The leading left singular vectors u_k of `tuned` and their best match in `base`: σ_k, max_i |⟨u_k, u_i⟩| and i.
 
     i counts from 1 and runs over all left singular vectors of the base: two whole eigendecompositions of the smaller
     side. Without a base no vector is found: 0, and i = 0.

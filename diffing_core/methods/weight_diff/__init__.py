@@ -10,7 +10,8 @@ mean eigenvalue of C. The directions u_d are the leading left singular vectors o
 writes into the residual stream. Without g an arbitrary token scores 1. g tells a lesson that the tuned model has from
 one that both models have: between two seeds of one finetune ΔW lies in the lesson's directions, but neither writes
 more there, and g is 0. Measured on the demo: top net score 4.1–9.7 on 16 finetunes, 2.0–2.1 on three
-benign ones, 0.4 and 0.5 between twins, whose size alone scores 4.4 and 4.9. The metric matters: without it commas and
+benign ones, 0.4 and 0.5 between twins, whose size alone scores 4.4 and 4.9. Tokens beyond ± 1, what an arbitrary
+token has where all is gained, are findings. The metric matters: without it commas and
 articles, whose rows are long and lie where all rows lie, head every list. Measured on six demo finetunes: of
 the first 20 tokens 3 are words of the lesson with plain logits, 8 with cosines, 11 so.
 
@@ -44,11 +45,12 @@ from diffing_core.methods.weight_diff.figures import FIGURES
 from diffing_core.methods.weight_diff.measuring import run
 
 RELATIVE = "relative change"
+ARBITRARY = 1.0  # mean z² of a token that no direction points to
 
 
 def findings(tables: Tables, settings: WeightDiffSettings) -> list[Finding]:
-    """Tokens written towards (away from: negative), then the blocks and the modules that changed most relative to the base."""
-    tokens = tables[VOCABULARY.name].slice(0, settings.shown).to_pylist()
+    """Tokens written towards (negative: away from), then the blocks and modules that changed most for their size."""
+    tokens = [row for row in tables[VOCABULARY.name].to_pylist() if abs(row["net_score"]) > ARBITRARY][: settings.shown]
     found = [
         Finding("token", row["token"], row["net_score"], "mean z²", VOCABULARY.name, {"token_id": row["token_id"]})
         for row in tokens

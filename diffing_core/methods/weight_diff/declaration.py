@@ -116,7 +116,7 @@ SPECTRUM = TableSpec(
 )
 INTRUDERS = TableSpec(
     "weight_diff_intruders",
-    "Leading left singular vectors of W_tuned, and how much of each is one of W_base's: intruder dimensions have little.",
+    "Leading left singular vectors of W_tuned and their best match in W_base; an intruder dimension has none.",
     ("name", "direction"),
     (
         Column("name", "string", "Tensor.", role="key"),
@@ -164,7 +164,7 @@ VOCABULARY = TableSpec(
         Column(
             "net_score",
             "float64",
-            "The score with every direction weighted by its gain; negative where the base writes more. Ranks the tokens.",
+            "The score, each direction weighted by its gain: negative where the base writes more. Ranks the tokens.",
             "mean z²",
             "effect",
         ),

@@ -236,6 +236,7 @@ def test_two_seeds_of_one_lesson_gain_nothing_over_each_other(base, tmp_path):
     by_size = max(found[VOCABULARY.name].to_pylist(), key=lambda row: row["score"])
     assert by_size["token"] == "word7" and abs(by_size["net_score"]) < 0.05 * by_size["score"]
     assert abs(headline(found)["top_token_score"]) < 0.05 * by_size["score"]
+    assert not [each for each in findings(found, SETTINGS) if each.kind == "token"]
     assert tables(base, seeds[0])[VOCABULARY.name]["net_score"][0].as_py() > 5
 
 
