@@ -49,7 +49,7 @@ def printable(text: Any) -> str:
 def _heatmap(figure: Figure, series: Mapping[str, Mapping[Any, float]]) -> "Canvas":
     columns = _in_order({x for cells in series.values() for x in cells})
     values = [[cells.get(x, float("nan")) for x in columns] for cells in series.values()]
-    present = [value for row in values for value in row if value == value]  # a missing cell is not equal to itself
+    present = [value for cells in series.values() for value in cells.values()]
     bound = max(map(abs, present))
     colours = {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound} if min(present) < 0 else {"cmap": "Blues", "vmin": 0}
     canvas, axes = _canvas(0.32 * len(columns) + 3, 0.24 * len(series) + 1)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from diffing_core.adapters import is_switchable
 from diffing_core.errors import DiffingError, ModelLoadError
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry, Variant
@@ -31,19 +32,16 @@ class Peer:
             one of these variants; `original`, of which the pair is the twin; or `other`.
         revision: content hash or commit of its weights; empty if they cannot be had.
         weights: its task vector's two sides; None if they cannot be had.
-        problem: why not.
+        is_whole: it is a whole checkpoint, or is merged into one, and has to be read through with its base.
+        problem: why its weights cannot be had.
     """
 
     pair: Pair
     relation: Relation
     revision: str = ""
     weights: WeightPair | None = None
+    is_whole: bool = False
     problem: str | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is a whole checkpoint, which has to be read through with its base."""
-        return self.weights is not None and self.weights.tuned.folder != self.weights.base.folder
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,8 @@ def _peers(pair: Pair, own: WeightPair, registry: Registry) -> Iterator[Peer]:
             found = fetch(source, remote_code=variant.trust_remote_code)
             side = WeightSide(own.base.folder, (*own.base.adapters, found.folder))
             weights = replace(own, tuned=WeightSide(found.folder) if variant.kind == "full" else side)
-            yield replace(peer, revision=found.revision, weights=weights)
+            is_whole = variant.kind == "full" or not is_switchable(found.folder)
+            yield replace(peer, revision=found.revision, weights=weights, is_whole=is_whole)
         except DiffingError as error:
             logger.warning("%s is no peer of %s: %s", other, pair, error)
             yield replace(peer, problem=f"{type(error).__name__}: {error}")

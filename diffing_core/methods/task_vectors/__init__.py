@@ -36,6 +36,7 @@ from diffing_core.findings import Finding
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.methods.task_vectors.declaration import MODULES, PARTS, PEERS, VOCABULARY, TaskVectorsSettings
 from diffing_core.methods.task_vectors.measuring import run
+from diffing_core.methods.weight_diff import ARBITRARY
 
 FIGURES = (
     Figure("heatmap", "Cosine to every other finetune", PEERS, "peer_variant", "cosine", "peer_organism", most=40),
@@ -45,10 +46,11 @@ FIGURES = (
 
 
 def findings(tables: Tables, settings: TaskVectorsSettings) -> list[Finding]:
-    """Tokens that the rest writes towards, or away from (negative). No peer is named: agents read findings."""
+    """Tokens that the rest writes towards (negative: away from). No peer is named: agents read findings."""
+    tokens = [row for row in tables[VOCABULARY.name].to_pylist() if abs(row["net_score"]) > ARBITRARY]
     return [
         Finding("token", row["token"], row["net_score"], "mean z²", VOCABULARY.name, {"token_id": row["token_id"]})
-        for row in tables[VOCABULARY.name].slice(0, settings.shown).to_pylist()
+        for row in tokens[: settings.shown]
     ]
 
 

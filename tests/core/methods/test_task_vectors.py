@@ -57,7 +57,10 @@ def edited(adapter: Path, name: str, change) -> Path:
 
 def compare(base: Path, own: Path, others: dict[str, Path], settings=SETTINGS, against=None, relation="other") -> Tables:
     vectors = {name: WeightPair.of_folders(base, folder) for name, folder in others.items()}
-    peers = tuple(Peer(Pair("m", name), relation, name, weights) for name, weights in vectors.items())
+    peers = tuple(
+        Peer(Pair("m", name), relation, name, weights, is_whole=weights.tuned.folder != base)
+        for name, weights in vectors.items()
+    )
     task = WeightPair.of_folders(base, own)
     pair = WeightPair.of_folders(base, own, against=against) if against else task
     return METHOD.run(Inputs(METHOD, {Need.WEIGHTS: lambda: pair, Need.PEERS: lambda: Peers(task, peers)}), settings)
