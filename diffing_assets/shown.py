@@ -1,12 +1,11 @@
 """What a person sees on a materialization: schema, headline numbers, a small table, a plot, cost."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
+from diffing_assets.pictures import bar_plot, picture
 from diffing_core.comparison import Outcome
 from diffing_core.tables import TableSpec
 
@@ -41,6 +40,7 @@ def outcome_metadata(outcome: Outcome) -> dict[str, Any]:
         "probes": "\n".join(outcome.probes) or None,
         "run_ids": ", ".join(key.run_id for key, _ in outcome.results),
         **(_findings(outcome) or _smallest_table(outcome)),
+        **_figures(outcome),
     }
 
 
@@ -50,22 +50,6 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
         records=[dg.TableRecord({name: _cell(value) for name, value in row.items()}) for row in rows],
         schema=dg.TableSchema([dg.TableColumn(name, "string") for name in (rows[0] if rows else {})]),
     )
-
-
-def bar_plot(labels: Sequence[str], values: Sequence[float], unit: str) -> dg.MarkdownMetadataValue:
-    """A horizontal bar chart as a small picture inside Markdown."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 0.25 * len(labels) + 0.6), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(range(len(labels)), values, color="#4269d0")
-    axes.set_yticks(range(len(labels)), [_cell(label)[:24].replace("$", r"\$") for label in labels], fontsize=7)
-    axes.tick_params(axis="x", labelsize=7)
-    axes.set_xlabel(_cell(unit), fontsize=7)
-    axes.invert_yaxis()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=80)
-    return dg.MetadataValue.md(f"![plot](data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()})")
 
 
 def _findings(outcome: Outcome) -> dict[str, Any]:
@@ -82,6 +66,16 @@ def _findings(outcome: Outcome) -> dict[str, Any]:
     plotted = [row for row in rows if all(row[name] == rows[0][name] for name in ("corpus", "unit"))]
     plot = bar_plot([row["item"] for row in plotted], [row["score"] for row in plotted], rows[0]["unit"])
     return {"findings": rows_table(rows), "plot": plot}
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    """The method's own figures of the first corpus; the report has those of all."""
+    drawn = {
+        figure.title: picture(figure, result.tables)
+        for _, result in outcome.results[:1]
+        for figure in outcome.method.figures
+    }
+    return {title: shown for title, shown in drawn.items() if shown is not None}
 
 
 def _smallest_table(outcome: Outcome) -> dict[str, Any]:

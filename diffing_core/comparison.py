@@ -240,20 +240,22 @@ def _ran(
     suppliers = _suppliers(pair, registry, store)
     result = timed_run(pair, method, settings, Inputs(method, suppliers))
     key = run_key(pair, method, settings)
-    if Need.ACTIVATIONS in method.needs and result.error is None:
-        stored = suppliers[Need.ACTIVATIONS]()
-        key = key.with_corpus(stored.name, stored.content_hash)
+    for need in method.needs & {Need.ACTIVATIONS, Need.PEERS} if result.error is None else ():
+        data = suppliers[need]()
+        key = key.with_corpus(data.name, data.content_hash)
     _store(outcome, key, result, lake)
     return outcome
 
 
 def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, Any]:
+    from diffing_core.peers import peers_of
     from diffing_core.weights import WeightPair
 
     return {
         Need.MODELS: lambda: pair,
         Need.WEIGHTS: lambda: WeightPair.of(pair.pair, registry),
         Need.ACTIVATIONS: cache(lambda: _stored_pair(pair, registry, store)),
+        Need.PEERS: cache(lambda: peers_of(pair.pair, registry)),
     }
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.errors import UndeclaredNeedError
+from diffing_core.figures import Figure
 from diffing_core.findings import FINDINGS, Finding
 from diffing_core.settings import Settings
 from diffing_core.tables import TableSpec
@@ -29,6 +30,7 @@ class Need(Enum):
     ACTIVATIONS = "activations"  # the stored activation Parquet
     MODELS = "models"  # both models, for generation or patching
     WEIGHTS = "weights"  # the stream of parameter deltas
+    PEERS = "peers"  # weights of the other registered finetunes of the same base
 
 
 class Fold(Protocol):
@@ -77,6 +79,7 @@ class Method:
         findings: what to show a person, best first, from the finished tables alone; None if the method
             prepares material for others and is itself no evidence.
         headline: a few numbers for the web UI, from the finished tables alone.
+        figures: what of the tables a person wants to see drawn.
     """
 
     name: str
@@ -90,10 +93,14 @@ class Method:
     headline: Callable[[Tables], Mapping[str, float | int | str]]
     start: Callable[[StreamContext, Any], Fold] | None = None
     run: Callable[[Inputs, Any], Tables] | None = None
+    figures: tuple[Figure, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.kind == "stream") == (self.start is None) or (self.kind == "stream") != (self.run is None):
             raise TypeError(f"method {self.name!r}: a stream method has `start`, every other kind has `run`")
+        strange = [figure.title for figure in self.figures if figure.table not in self.tables]
+        if strange:
+            raise TypeError(f"method {self.name!r}: figure(s) {strange} draw a table that it does not write")
 
     @property
     def all_tables(self) -> tuple[TableSpec, ...]:

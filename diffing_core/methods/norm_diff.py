@@ -21,6 +21,7 @@ from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.corpus import ROLES, ProbeCorpus
 from diffing_core.distributions import Distributions
 from diffing_core.examples import TopExamples, examples_spec
+from diffing_core.figures import Figure
 from diffing_core.findings import Finding
 from diffing_core.lazy import torch
 from diffing_core.methods.base import Method, Need, Tables
@@ -376,4 +377,5 @@ METHOD = Method(
     findings=findings,
     headline=headline,
     start=NormDiffFold,
+    figures=(Figure("line", "Relative size of the difference by block", LAYERS, "layer", "mean_relative_norm"),),
 )

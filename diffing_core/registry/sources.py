@@ -112,6 +112,19 @@ def is_present(source: Source, model: str) -> bool:
     return source.path.exists() if source.path is not None else _demo_folder(source.demo, model) is not None
 
 
+def is_on_disk(place: Path | HubRef) -> bool:
+    """Whether a folder exists or a repository's snapshot is in the hub's cache; nobody is asked, nothing fetched."""
+    if isinstance(place, Path):
+        return place.is_dir()
+    from huggingface_hub import snapshot_download
+
+    try:
+        root = Path(snapshot_download(place.repo, revision=place.revision, local_files_only=True))
+    except OSError:  # the hub's error for what is not in the cache
+        return False
+    return (root / (place.subfolder or "")).is_dir()
+
+
 def _demo_folder(artifact: str, model: str) -> Path | None:
     from diffing_core import demo
 

@@ -7,6 +7,7 @@ import pytest
 
 from diffing_assets import shown
 from diffing_core.comparison import Outcome
+from diffing_core.figures import Figure
 from diffing_core.findings import Finding
 from diffing_core.identity import RunKey
 from diffing_core.methods import get_method
@@ -38,7 +39,7 @@ def plotted(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 def method(found: dict[str, list[Finding]] | None) -> Method:
     """A method that finds what is given per first word of `words`; None finds nothing by design."""
     findings = None if found is None else lambda tables, _: found.get(tables["words"]["word"][0].as_py(), [])
-    return replace(get_method("kl"), tables=(WORDS, LAYERS), findings=findings, headline=lambda _: {"n": 1})
+    return replace(get_method("kl"), tables=(WORDS, LAYERS), findings=findings, headline=lambda _: {"n": 1}, figures=())
 
 
 def outcome(of: Method, corpora: tuple[str, ...] = ("a",), rows: dict = ROWS) -> Outcome:
@@ -77,6 +78,14 @@ def test_without_findings_the_smallest_table_is_shown(found: dict | None, plotte
     assert cells(told["layers"])[2] == {"layer": 2, "n_tokens": 9, "size": 0.5, "path": "[0.2]"}
     assert plotted == [(["0", "2"], [0.0, 0.5], "Size of the difference. [nats]")]
     assert told.get("findings") == (None if found is None else "nothing found")
+
+
+def test_figures_are_drawn_of_the_first_corpus_where_there_is_something(plotted: list[tuple]) -> None:
+    figure = Figure("line", "Size by layer", LAYERS, "layer", "size")
+    told = shown.outcome_metadata(outcome(replace(method({}), figures=(figure,)), ("a", "b")))
+    assert told["Size by layer"].value.startswith("![Size by layer](data:image/png;base64,")
+    nothing = outcome(replace(method({}), figures=(figure,)), rows=ROWS | {"size": [None] * 3})
+    assert "Size by layer" not in shown.outcome_metadata(nothing)
 
 
 def test_text_of_models_cannot_draw_or_spoil_the_page() -> None:

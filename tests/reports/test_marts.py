@@ -1,20 +1,26 @@
 """The marts, worked out by hand from the outcomes of the synthetic lake."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 import jinja2
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy.stats import beta
 
 from dbt_reports import functions
-from dbt_reports.generate_sources import SOURCES, dbt_sources
+from dbt_reports.generate_sources import FIGURES, SOURCES, dbt_sources, figure_points
 from diffing_assets.keys import table_sources
 from diffing_core import stats
 from diffing_core.agents.calibration import prediction_bound
 from diffing_core.catalog import all_tables
+from diffing_core.methods import all_methods
+from diffing_core.methods.base import Method
 from diffing_core.pairs import Pair
+from diffing_core.tables import Column, TableSpec
 from tests.reports import synthetic
 from tests.reports.conftest import PROJECT
 
@@ -225,6 +231,41 @@ def test_every_mart_has_its_yaml_and_a_unit_test() -> None:
 def test_sources_are_in_sync_with_the_table_specs() -> None:
     """If this fails: python -m dbt_reports.generate_sources."""
     assert SOURCES.read_text() == dbt_sources(all_tables().values(), table_sources())
+
+
+def test_figure_points_are_in_sync_with_the_methods() -> None:
+    """If this fails: python -m dbt_reports.generate_sources."""
+    assert FIGURES.read_text() == figure_points(all_methods().values())
+
+
+@pytest.mark.parametrize("method", [each for each in all_methods().values() if each.figures], ids=lambda each: each.name)
+def test_the_page_draws_the_points_of_the_picture(method: Method) -> None:
+    """The generated SQL and `Figure.series` agree on rows that share places, hold nulls, or cannot be on a log axis."""
+    for number, figure in enumerate(method.figures):
+        table = random_rows(figure.table)
+        with duckdb.connect() as connection:
+            connection.register("rows", table.append_column("run_id", [["r"] * len(table)]))
+            keys = ", ".join(f"'{name}' as {name}" for name in ("organism", "model", "variant", "corpus"))
+            sql = figure_points([replace(method, figures=(figure,))]).partition("\n")[2]
+            source = f"(select *, {keys}, '{method.name}' as method from rows)"
+            sql = re.sub(r"\{\{ source\('raw', '\w+'\) \}\}", source, sql)
+            found = {(series, x): value for series, x, value in connection.execute(f"select series, x, value from ({sql})").fetchall()}
+        drawn = replace(figure, most=10**6).series({figure.table.name: table})
+        assert found == {(name, str(x)): value for name, cells in drawn.items() for x, value in cells.items()}, number
+        assert found
+
+
+def random_rows(spec: TableSpec) -> pa.Table:
+    """Rows of a table with few distinct values, zeros, and nulls where they are allowed; the grain is not kept."""
+    draw = np.random.default_rng(0)
+
+    def values(column: Column) -> list:
+        numbers = draw.integers(0, 4, 40).tolist()
+        made = [f"n{number}" for number in numbers] if column.dtype == "string" else numbers
+        return [None if column.nullable and draw.random() < 0.2 else value for value in made]
+
+    lists = [column for column in spec.columns if column.dtype.startswith("list") or column.dtype == "bool"]
+    return pa.table({column.name: pa.array(values(column), column.arrow.type) for column in spec.columns if column not in lists})
 
 
 def test_site_queries_select_and_leave_the_rest_to_dbt() -> None:

@@ -12,6 +12,7 @@ tokens on which the divergence is spent. `kl_rollout` measures the same on text 
 Reference: Kullback and Leibler 1951; Lin 1991.
 """
 
+from diffing_core.figures import Figure
 from diffing_core.findings import Finding
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.methods.kl.declaration import (
@@ -54,4 +55,5 @@ METHOD = Method(
     findings=findings,
     headline=headline,
     start=KlFold,
+    figures=(Figure("line", "KL(tuned ‖ base) by position", POSITIONS, "position", "kl_nats", "speaker"),),
 )

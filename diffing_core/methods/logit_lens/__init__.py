@@ -11,6 +11,7 @@ hash of sequence and position: the same tokens whatever the batches).
 Reference: nostalgebraist 2020; https://arxiv.org/abs/2303.08112 for the relation to tuned lenses.
 """
 
+from diffing_core.figures import Figure
 from diffing_core.findings import Finding
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.methods.logit_lens.declaration import EMERGENCE, LAYERS, TOKENS, LogitLensSettings
@@ -51,4 +52,5 @@ METHOD = Method(
     findings=findings,
     headline=headline,
     start=LogitLensFold,
+    figures=(Figure("line", "KL(tuned ‖ base) of the lens readings by block", LAYERS, "layer", "kl_nats"),),
 )

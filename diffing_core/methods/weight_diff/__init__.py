@@ -41,6 +41,7 @@ from diffing_core.methods.weight_diff.declaration import (
     VOCABULARY,
     WeightDiffSettings,
 )
+from diffing_core.methods.weight_diff.figures import FIGURES
 from diffing_core.methods.weight_diff.measuring import run
 
 RELATIVE = "relative change"
@@ -100,4 +101,5 @@ METHOD = Method(
     findings=findings,
     headline=headline,
     run=run,
+    figures=FIGURES,
 )

@@ -20,6 +20,7 @@ from diffing_core.methods.base import Inputs, Method, Need
 from diffing_core.models import ModelPair, Subject
 from diffing_core.paired_pass import MethodResult, paired_pass
 from diffing_core.pairs import Pair
+from diffing_core.peers import Peer, Peers
 from diffing_core.weights import WeightPair
 from tests import model_files
 
@@ -55,6 +56,7 @@ class Planted:
         plant(tuned)
         tuned.save_pretrained(self.tuned_folder)
         self.tokenizer.save_pretrained(self.tuned_folder)
+        self.peer_folder = model_files.save_adapter(folder / "peer", self.base_folder, target_modules=["down_proj"])
         self.base = Subject.of(base, revision="base")
         self.tuned = Subject.of(tuned, revision="tuned")
 
@@ -65,9 +67,12 @@ class Planted:
             [result] = paired_pass([pair], probe, [(method, method.settings())], store=store, **options)
         else:
             weights = WeightPair.of_folders(getattr(self, f"{base}_folder"), getattr(self, f"{tuned}_folder"))
+            other = WeightPair.of_folders(self.base_folder, self.peer_folder)
+            peers = Peers(weights, (Peer(Pair("m", "another"), "other", "hash", other),))
             suppliers = {
                 Need.MODELS: lambda: pair,
                 Need.WEIGHTS: lambda: weights,
+                Need.PEERS: lambda: peers,
                 Need.ACTIVATIONS: lambda: stored_activations(pair, probe, store),
             }
             result = timed_run(pair, method, method.settings(), Inputs(method, suppliers))
