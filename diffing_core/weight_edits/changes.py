@@ -94,6 +94,28 @@ def edited_tensors(terms: Sequence[Term]) -> Iterator[EditedTensor]:
         yield _sum(list(same))
 
 
+def effective_weights(pair: WeightPair, amplifications: Sequence[tuple[LayerAmplification, ...]]) -> list[float]:
+    """How much of the change each amplification has: Σ w ‖ΔW‖² / Σ ‖ΔW‖² over tensors; 1 is the finetune, 0 the base."""
+    depth = n_layers(pair.base)
+    resolved = [resolve(each, depth) for each in amplifications]
+    sums = [0.0] * len(resolved)
+    total = 0.0
+    for delta in weight_stream(pair):
+        square = norm(change_of(delta)) ** 2
+        total += square
+        for place, weights in enumerate(resolved):
+            sums[place] += square * weights.of(delta.layer, delta.part)
+    return [each / total if total else 0.0 for each in sums]
+
+
+def norm(change: "Factors | Any") -> float:
+    """‖·‖_F of a change; of factors by two R×R products."""
+    if not isinstance(change, Factors):
+        return torch.linalg.vector_norm(change, dtype=torch.float64).item()
+    left_RR, right_RR = change.left_MR.T @ change.left_MR, change.right_RN @ change.right_RN.T
+    return max((left_RR.double() * right_RR.double()).sum().item(), 0.0) ** 0.5
+
+
 def leading(change: "Factors | Any", n_directions: int) -> Factors:
     """The leading directions of a change [M, N], both factors √S long; fewer where its rank is lower."""
     spectrum = spectrum_of(change, n_directions)
@@ -149,7 +171,7 @@ def _cut(change: "Factors | Any", term: Term) -> "Factors | Any | None":
         kept = _rest(change, kept)
     if not term.keep_norm:
         return kept
-    sizes = [_norm(each) for each in (kept, change)]
+    sizes = [norm(each) for each in (kept, change)]
     return _scaled(kept, sizes[1] / sizes[0]) if sizes[0] else kept
 
 
@@ -158,13 +180,6 @@ def _rest(change: "Factors | Any", kept: Factors) -> "Factors | Any":
         return change - kept.dense()
     basis_MK = torch.nn.functional.normalize(kept.left_MR, dim=0)
     return replace(change, left_MR=change.left_MR - basis_MK @ (basis_MK.T @ change.left_MR))
-
-
-def _norm(change: "Factors | Any") -> float:
-    if not isinstance(change, Factors):
-        return torch.linalg.vector_norm(change, dtype=torch.float64).item()
-    left_RR, right_RR = change.left_MR.T @ change.left_MR, change.right_RN @ change.right_RN.T
-    return max((left_RR.double() * right_RR.double()).sum().item(), 0.0) ** 0.5
 
 
 def _scaled(change: "Factors | Any", by: float) -> "Factors | Any":
