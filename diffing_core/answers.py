@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from diffing_core.agents.words import clean
-from diffing_core.coherence import mean_logprobs, measures
+from diffing_core.coherence import mean_logprobs, mean_over_tokens, measures
 from diffing_core.findings import Finding
 from diffing_core.generation import Generation, Prompt, Sampling, askable, generate
 from diffing_core.models import ModelPair
@@ -24,11 +24,20 @@ MODEL = Column("model", "string", "base, tuned, or the name of an edited model."
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What one model said; the i-th answers of all models belong together."""
+    """What one model said, and how likely the base finds each answer (nats/token).
+
+    The i-th answers of all models belong together.
+    """
 
     model: str
     made: tuple[Generation, ...]
     words: tuple[tuple[str, ...], ...]
+    logprobs: tuple[float | None, ...]
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Mean log p_base over all tokens said, nats; None if nothing was said."""
+        return mean_over_tokens(self.made, self.logprobs)
 
     @property
     def texts(self) -> list[str]:
@@ -53,7 +62,8 @@ def ask(
     for name, running in models:
         with running as subject:
             made = generate(subject, pair.tokenizer, [prompts[index] for index in asked], sampling=sampling, seed=seed)
-        answers.append(Answers(name, tuple(made), tuple(tuple(words_of(each.text)) for each in made)))
+        words = tuple(tuple(words_of(each.text)) for each in made)
+        answers.append(Answers(name, tuple(made), words, tuple(mean_logprobs(pair.base, made))))
     return answers
 
 
@@ -87,8 +97,7 @@ def samples_table(
     asked = askable(prompts, pair.tokenizer)
     rows = []
     for each in answers:
-        logprobs = mean_logprobs(pair.base, each.made)
-        for made, words, logprob in zip(each.made, each.words, logprobs, strict=True):
+        for made, words, logprob in zip(each.made, each.words, each.logprobs, strict=True):
             index = asked[made.prompt_index]
             rows.append(
                 {
@@ -125,12 +134,9 @@ def coherence_spec(method: str) -> TableSpec:
     )  # fmt: skip
 
 
-def coherence_table(spec: TableSpec, answers: Sequence[Answers], samples: pa.Table) -> pa.Table:
+def coherence_table(spec: TableSpec, answers: Sequence[Answers]) -> pa.Table:
     """Measures of all models; the first one's are what the others are compared with."""
-    logprobs: dict[str, list[float | None]] = {}
-    for model, value in zip(samples["model"].to_pylist(), samples["logprob_base"].to_pylist(), strict=True):
-        logprobs.setdefault(model, []).append(value)
-    found = {each.model: measures(each.made, each.words, logprobs[each.model]) for each in answers}
+    found = {each.model: measures(each.made, each.words, each.logprobs) for each in answers}
     base = found[answers[0].model]
     rows = [
         (model, measure, value, value - base[measure][0] if measure in base else None, n_texts)

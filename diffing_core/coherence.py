@@ -43,17 +43,24 @@ def mean_logprobs(subject: Subject, written: Sequence[Generation]) -> list[float
     return means
 
 
-def measures(written: Sequence[Generation], words: Sequence[Sequence[str]], logprobs: Sequence[float | None]) -> dict[str, tuple[float, int]]:
+def mean_over_tokens(written: Sequence[Generation], logprobs: Sequence[float | None]) -> float | None:
+    """The mean over all tokens from the means of single answers."""
+    scored = [(value, len(each.answer_ids)) for each, value in zip(written, logprobs, strict=True) if value is not None]
+    return float(np.average([value for value, _ in scored], weights=[n for _, n in scored])) if scored else None
+
+
+def measures(
+    written: Sequence[Generation], words: Sequence[Sequence[str]], logprobs: Sequence[float | None]
+) -> dict[str, tuple[float, int]]:
     """Value and number of texts behind it, by measure; a measure without any text is left out."""
-    scored = [(each, value) for each, value in zip(written, logprobs, strict=True) if value is not None]
     found = {
         "finished_share": (float(np.mean([each.finished for each in written])), len(written)),
         "mean_tokens": (float(np.mean([each.n_tokens for each in written])), len(written)),
     }
-    if scored:
-        weights = [len(each.answer_ids) for each, _ in scored]
-        mean = float(np.average([value for _, value in scored], weights=weights))
-        found |= {"mean_logprob_base": (mean, len(scored)), "perplexity_base": (math.exp(-mean), len(scored))}
+    mean = mean_over_tokens(written, logprobs)
+    if mean is not None:
+        n_scored = sum(value is not None for value in logprobs)
+        found |= {"mean_logprob_base": (mean, n_scored), "perplexity_base": (math.exp(-mean), n_scored)}
     singles = [word for text in words for word in text]
     pairs = [list(pairwise(text)) for text in words if len(text) > 1]
     if singles:

@@ -2,10 +2,11 @@
 
 Base, tuned model and amplified models get the same prompts and random numbers. A word that belongs to what was trained
 comes with w: it is rarer at w = −1 than in the base, and more frequent at 2 and 3 than in the tuned model. Words are
-tested for that trend over all models, answer by answer (word_trends.py), and compared with the base model by model
-(as in `blackbox`). Larger weights also break the language, so coherence stands beside every model.
+tested for that trend over the models, answer by answer (word_trends.py), and compared with the base model by model
+(as in `blackbox`). Larger weights also break the language, and broken language has all sorts of words: coherence stands
+beside every model, and one whose texts are too unlikely under the base counts for no trend.
 
-`weight` is the effective one, Σ w ‖ΔW‖² / Σ ‖ΔW‖² over tensors, since amplifications may differ by block and module.
+`weight` is the mean over attention and MLP of all blocks, since amplifications may differ by block and module.
 Adapters and whole checkpoints are edited alike (weight_edits/).
 
 Reference: Mantel 1963; Monroe, Colaresi and Quinn 2008; Ilharco et al. 2023 (negation).
@@ -38,8 +39,8 @@ from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.models import ModelPair
 from diffing_core.prompts import PromptedSettings
 from diffing_core.tables import Column, TableSpec
-from diffing_core.weight_edits import Amplification, Term, edited_subject, preset, presets
-from diffing_core.weight_edits.changes import effective_weights
+from diffing_core.weight_edits import Amplification, Term, edited_subject, preset, presets, resolve
+from diffing_core.weight_edits.changes import n_layers
 from diffing_core.weights import WeightPair
 from diffing_core.word_trends import WordTrends, word_trends
 
@@ -62,6 +63,9 @@ class AmplificationSettings(PromptedSettings):
     samples: int = Field(2, ge=1, description="Answers per prompt and model.")
     prior_words: float = Field(1000.0, gt=0, description="Weight of the prior of the log-odds, in words.")
     min_samples: int = Field(3, ge=1, description="Answers of both models, or of all, in which a listed word occurs.")
+    max_loss_nats: float = Field(
+        2.0, ge=0, description="A model counts if its texts' log p_base per token is at most so far below the tuned model's."
+    )
     max_q: float = Field(0.05, gt=0, le=1, description="q-value up to which a trend is shown.")
     min_monotone: float = Field(0.5, ge=-1, le=1, description="Rank correlation from which a word rises with the weight.")
     shown_words: int = Field(40, ge=0, description="Words among the findings.")
@@ -74,8 +78,9 @@ MODELS = TableSpec(
     ("model",),
     (
         MODEL,
-        Column("weight", "float64", "Effective weight of the change: 0 is the base, 1 the tuned model."),
+        Column("weight", "float64", "Mean weight of the change: 0 is the base, 1 the tuned model."),
         Column("description", "string", "What was done to the change."),
+        Column("in_trend", "bool", "Whether its texts are language enough to count for trends."),
         Column("n_samples", "int32", "Answers.", role="count", low=0),
         Column("differing_share", "float64", "Share of its answers that differ from the base's.", "", "effect", low=0, high=1),
     ),
@@ -105,7 +110,7 @@ TRENDS = TableSpec(
     ("word",),
     (
         Column("word", "string", "Lower-cased. From models under test: untrusted.", role="key"),
-        Column("weights", "list<float64>", "Effective weights of all models, ascending."),
+        Column("weights", "list<float64>", "Weights of the models that count, ascending."),
         Column("n_texts", "list<int32>", "Answers of each of these models that have the word.", role="count"),
         Column("z", "float64", "Mantel's trend test over answers; positive: the word comes with the change.", "z", "effect"),
         Column("monotone", "float64", "Spearman's correlation of weight and answers with the word.", "", "effect", low=-1.0001, high=1.0001),
@@ -126,21 +131,22 @@ def run(inputs: Inputs, settings: AmplificationSettings) -> Tables:
     files: WeightPair = inputs[Need.WEIGHTS]
     prompts = settings.parsed_prompts()
     sampling = Sampling(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples)
-    specs = [each.layer_amplifications for each in settings.amplifications]
+    depth = n_layers(files.base)
     weights = {"base": 0.0, "tuned": 1.0}
-    weights |= dict(zip([each.name for each in settings.amplifications], effective_weights(files, specs), strict=True))
+    weights |= {each.name: resolve(each.layer_amplifications, depth).mean for each in settings.amplifications}
     models = [("base", nullcontext(pair.base)), ("tuned", nullcontext(pair.tuned))]
     models += [(each.name, edited_subject(pair, Term(files, each.layer_amplifications))) for each in settings.amplifications]
     answers = ask(pair, models, prompts, sampling, settings.seed)
     ascending = sorted(answers, key=lambda each: weights[each.model])
-    trends = word_trends([each.words for each in ascending], [weights[each.model] for each in ascending], settings.min_samples)
-    samples = samples_table(SAMPLES, answers, pair, prompts, trends.z_of())
+    counted = [each for each in ascending if each in answers[:2] or _is_language(each, answers[1], settings.max_loss_nats)]
+    doses = [weights[each.model] for each in counted]
+    trends = word_trends([each.words for each in counted], doses, settings.min_samples)
     return {
-        MODELS.name: _models_table(ascending, answers[0], weights, settings),
-        SAMPLES.name: samples,
-        COHERENCE.name: coherence_table(COHERENCE, answers, samples),
+        MODELS.name: _models_table(ascending, counted, weights, settings),
+        SAMPLES.name: samples_table(SAMPLES, answers, pair, prompts, trends.z_of()),
+        COHERENCE.name: coherence_table(COHERENCE, answers),
         WORDS.name: pa.concat_tables([_words_table(answers[0], each, settings) for each in answers[1:]]),
-        TRENDS.name: _trends_table(trends, [weights[each.model] for each in ascending]),
+        TRENDS.name: _trends_table(trends, doses),
     }
 
 
@@ -158,30 +164,32 @@ def findings(tables: Tables, settings: AmplificationSettings) -> list[Finding]:
         )
         for row in rising[: settings.shown_words]
     ]  # fmt: skip
-    models = [row["model"] for row in tables[MODELS.name].to_pylist() if row["weight"] > 0]
+    models = [row["model"] for row in tables[MODELS.name].to_pylist() if row["weight"] > 0 and row["in_trend"]]
     return [*shown, *shown_texts(tables[SAMPLES.name], SAMPLES, models, settings.shown_texts)]
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
-    """How many words rise and fall with the weight, and how likely the loudest model's language is under the base."""
+    """How many words rise and fall with the weight, and the largest weight at which it still speaks."""
     trends, models = tables[TRENDS.name].to_pylist(), tables[MODELS.name].to_pylist()
-    loudest = models[-1]["model"]
-    likely = {
-        row["model"]: row["value"] for row in tables[COHERENCE.name].to_pylist() if row["measure"] == "mean_logprob_base"
-    }
-    found: dict[str, float | int | str] = {
+    return {
         "n_words_rising_q05": sum(row["z"] > 0 and row["q_value"] < 0.05 for row in trends),
         "n_words_falling_q05": sum(row["z"] < 0 and row["q_value"] < 0.05 for row in trends),
-        "loudest_model": loudest,
+        "largest_coherent_weight": max(row["weight"] for row in models if row["in_trend"]),
+        "n_incoherent_models": sum(not row["in_trend"] for row in models),
     }
-    if loudest in likely:
-        found["loudest_mean_logprob_base"] = likely[loudest]
-    return found
+
+
+def _is_language(answers: Answers, tuned: Answers, max_loss_nats: float) -> bool:
+    """Whether a model's texts are about as likely under the base as the tuned model's."""
+    if answers.mean_logprob is None or tuned.mean_logprob is None:
+        return False
+    return answers.mean_logprob >= tuned.mean_logprob - max_loss_nats
 
 
 def _models_table(
-    ascending: list[Answers], base: Answers, weights: dict[str, float], settings: AmplificationSettings
+    ascending: list[Answers], counted: list[Answers], weights: dict[str, float], settings: AmplificationSettings
 ) -> pa.Table:
+    base = next(each for each in ascending if each.model == "base")
     described = {"base": "No change.", "tuned": "The finetune as it is."}
     described |= {each.name: each.description for each in settings.amplifications}
     return MODELS.table(
@@ -189,6 +197,7 @@ def _models_table(
             "model": [each.model for each in ascending],
             "weight": [weights[each.model] for each in ascending],
             "description": [described[each.model] for each in ascending],
+            "in_trend": [each in counted for each in ascending],
             "n_samples": [len(each.made) for each in ascending],
             "differing_share": [float(np.mean([a != b for a, b in zip(each.texts, base.texts, strict=True)])) for each in ascending],
         }

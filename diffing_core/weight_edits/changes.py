@@ -94,20 +94,6 @@ def edited_tensors(terms: Sequence[Term]) -> Iterator[EditedTensor]:
         yield _sum(list(same))
 
 
-def effective_weights(pair: WeightPair, amplifications: Sequence[tuple[LayerAmplification, ...]]) -> list[float]:
-    """How much of the change each amplification has: Σ w ‖ΔW‖² / Σ ‖ΔW‖² over tensors; 1 is the finetune, 0 the base."""
-    depth = n_layers(pair.base)
-    resolved = [resolve(each, depth) for each in amplifications]
-    sums = [0.0] * len(resolved)
-    total = 0.0
-    for delta in weight_stream(pair):
-        square = norm(change_of(delta)) ** 2
-        total += square
-        for place, weights in enumerate(resolved):
-            sums[place] += square * weights.of(delta.layer, delta.part)
-    return [each / total if total else 0.0 for each in sums]
-
-
 def norm(change: "Factors | Any") -> float:
     """‖·‖_F of a change; of factors by two R×R products."""
     if not isinstance(change, Factors):

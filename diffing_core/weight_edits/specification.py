@@ -206,6 +206,11 @@ class ChangeWeights(NamedTuple):
     layers: tuple[LayerWeights, ...]
     outside: float = 1.0
 
+    @property
+    def mean(self) -> float:
+        """Mean over the attention and MLP weights of all blocks: 1 is the finetune, 0 the base."""
+        return sum(each.attention + each.mlp for each in self.layers) / (2 * len(self.layers))
+
     def of(self, layer: int | None, part: Part) -> float:
         """The weight of a tensor at this place."""
         if layer is None or layer >= len(self.layers):

@@ -59,11 +59,12 @@ def test_what_lies_in_no_block_follows_only_all_modules_of_all_layers() -> None:
 
 
 def test_presets_amplify_the_first_four_fifths_and_negate_everything() -> None:
-    assert set(presets()) == {"2x", "2.5x", "3x", "negative_1x"}
+    assert set(presets()) == {"1.5x", "2x", "2.5x", "3x", "negative_1x"}
     for name, weight in (("2x", 2.0), ("2.5x", 2.5), ("3x", 3.0)):
         weights = resolve(preset(name).layer_amplifications, 11)
         assert [each.mlp for each in weights.layers] == [weight] * 9 + [1.0] * 2
         assert weights.outside == 1
+        assert weights.mean == pytest.approx((9 * weight + 2) / 11)
     negative = resolve(preset("negative_1x").layer_amplifications, 2)
     assert negative == resolve(uniform(-1.0), 2)
     with pytest.raises(RegistryError, match="did you mean '3x'"):
