@@ -39,6 +39,12 @@ class Answers:
         """Mean log p_base over all tokens said, nats; None if nothing was said."""
         return mean_over_tokens(self.made, self.logprobs)
 
+    def is_language_beside(self, other: "Answers", max_loss_nats: float) -> bool:
+        """Whether the base finds these texts about as likely as the other model's: at most so many nats/token less."""
+        if self.mean_logprob is None or other.mean_logprob is None:
+            return False
+        return self.mean_logprob >= other.mean_logprob - max_loss_nats
+
     @property
     def texts(self) -> list[str]:
         """The answers as text."""

@@ -138,7 +138,8 @@ def run(inputs: Inputs, settings: AmplificationSettings) -> Tables:
     models += [(each.name, edited_subject(pair, Term(files, each.layer_amplifications))) for each in settings.amplifications]
     answers = ask(pair, models, prompts, sampling, settings.seed)
     ascending = sorted(answers, key=lambda each: weights[each.model])
-    counted = [each for each in ascending if each in answers[:2] or _is_language(each, answers[1], settings.max_loss_nats)]
+    kept = [each.is_language_beside(answers[1], settings.max_loss_nats) for each in ascending]
+    counted = [each for each, is_kept in zip(ascending, kept, strict=True) if is_kept or each in answers[:2]]
     doses = [weights[each.model] for each in counted]
     trends = word_trends([each.words for each in counted], doses, settings.min_samples)
     return {
@@ -177,13 +178,6 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
         "largest_coherent_weight": max(row["weight"] for row in models if row["in_trend"]),
         "n_incoherent_models": sum(not row["in_trend"] for row in models),
     }
-
-
-def _is_language(answers: Answers, tuned: Answers, max_loss_nats: float) -> bool:
-    """Whether a model's texts are about as likely under the base as the tuned model's."""
-    if answers.mean_logprob is None or tuned.mean_logprob is None:
-        return False
-    return answers.mean_logprob >= tuned.mean_logprob - max_loss_nats
 
 
 def _models_table(

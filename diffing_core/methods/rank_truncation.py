@@ -8,8 +8,9 @@ afterwards to hide it often in the lesser ones. A copy may therefore say what th
 `keep`: each matrix scaled to the norm of its whole change. Changes of norms and biases have no directions; copies are
 without them and rests have them whole.
 
-Words are tested by Mantel's test over answers (word_trends.py), all copies against the base (`z`) and against the tuned
-model (`z_over_tuned`): models share prompts and random numbers.
+Words are tested for a trend over base, copies and tuned model (word_trends.py) with the energy Σσ² that each has of the
+change as its dose, answer by answer; `z_over_tuned` compares the copies with the tuned model. A copy whose texts are too
+unlikely under the base counts for no trend.
 
 Reference: Mantel 1963; Eckart and Young 1936; Roy and Vetterli 2007.
 """
@@ -56,14 +57,18 @@ class RankTruncationSettings(PromptedSettings):
     """Knobs of `rank_truncation`; every rank is tried at every scale."""
 
     ranks: tuple[Rank | Literal["full"], ...] = Field(
-        (1, 4), min_length=1, description="Directions kept of every matrix; full: all of them, scaled alone."
+        (1, 2, 4), min_length=1, description="Directions kept of every matrix; full: all of them, scaled alone."
     )
     scales: tuple[Scale | Literal["keep"], ...] = Field(
-        (1.0, "keep"), min_length=1, description="What copies are multiplied with; keep: the norm of the whole change."
+        (1.0,), min_length=1, description="What copies are multiplied with; keep: the norm of the whole change."
     )
     rests: tuple[Rank, ...] = Field((1,), description="Ranks that are taken away, the rest being asked as a control.")
     samples: int = Field(2, ge=1, description="Answers per prompt and model.")
+    kl_samples: int = Field(1, ge=1, description="Of these answers, how many of the tuned model's are where KL is measured.")
     min_samples: int = Field(3, ge=1, description="Answers of all compared models in which a listed word occurs.")
+    max_loss_nats: float = Field(
+        2.0, ge=0, description="A copy counts if its texts' log p_base per token is at most so far below the tuned model's."
+    )
     max_q: float = Field(0.05, gt=0, le=1, description="q-value up to which a word is shown.")
     shown_words: int = Field(40, ge=0, description="Words among the findings.")
     shown_texts: int = Field(5, ge=0, description="Texts among the findings.")
@@ -78,11 +83,11 @@ MODELS = TableSpec(
         Column("kind", "string", "base, tuned, copy (of leading directions) or rest (without them)."),
         Column("rank", "int32", "Directions kept or taken away; null where all are there.", nullable=True),
         Column("scale", "string", "Factor of the change, or keep.", nullable=True),
-        Column("energy_share", "float64", "Share of ‖ΔW‖_F² that is left, before scaling; null without a change.", nullable=True,
-               low=0, high=1.0001),
+        Column("energy_share", "float64", "Share of the matrices' ‖ΔW‖_F² that is left, before scaling.", low=0, high=1),
         Column("kl_nats", "float64", "Mean KL(tuned ‖ model) where the tuned model's texts go.", NATS, "effect", low=0),
         Column("share_kept", "float64", "1 − kl_nats over that of the base; null where the base has none.", "", "effect",
                nullable=True, high=1),
+        Column("in_trend", "bool", "Whether it counts for the trends of words."),
         Column("n_tokens", "int64", "Tokens at which it was measured.", role="count", low=0),
     ),
 )  # fmt: skip
@@ -104,7 +109,7 @@ SAMPLES = samples_spec("rank_truncation")
 COHERENCE = coherence_spec("rank_truncation")
 WORDS = TableSpec(
     "rank_truncation_words",
-    "Words that the copies say more often than the base, first those that come with the change most.",
+    "Words and how their use goes with the energy that is left of the change; what rises most comes first.",
     ("word",),
     (
         Column("word", "string", "Lower-cased. From models under test: untrusted.", role="key"),
@@ -112,8 +117,8 @@ WORDS = TableSpec(
         Column("n_texts_tuned", "int32", "Answers of the tuned model with it.", role="count", low=0),
         Column("n_texts_copies", "list<int32>", "Answers of each copy with it, in the order of the models.", role="count"),
         Column("n_texts_rests", "list<int32>", "Answers of each rest with it.", role="count"),
-        Column("z", "float64", "Mantel's test, copies against base.", "z", "effect"),
-        Column("z_over_tuned", "float64", "The same, copies against tuned model.", "z", "effect"),
+        Column("z", "float64", "Mantel's trend test over base, copies and tuned model; positive: the word comes with the change.", "z", "effect"),
+        Column("z_over_tuned", "float64", "The same test, copies against tuned model.", "z", "effect"),
         Column("p_value", "float64", "Of z, two-sided.", low=0, high=1),
         Column("q_value", "float64", "p_value after Benjamini–Hochberg over the listed words.", low=0, high=1),
     ),
@@ -163,15 +168,18 @@ def run(inputs: Inputs, settings: RankTruncationSettings) -> Tables:
     modules = _modules(files, sorted({cut.rank for cut in edits if cut.rank is not None}))
     models = [("base", nullcontext(pair.base)), ("tuned", nullcontext(pair.tuned))]
     answers = ask(pair, models, prompts, sampling, settings.seed)
-    written = answers[1].made
+    written = [each for each in answers[1].made if each.sample < settings.kl_samples]
     distances = {"base": _distance(pair, written)}
     for cut in edits:
         with edited_subject(pair, cut.term(files)) as subject:
             answers += ask(pair, [(cut.name, nullcontext(subject))], prompts, sampling, settings.seed)
             distances[cut.name] = _distance(replace(pair, base=subject), written)
-    words, z = _words_table(answers, edits, settings.min_samples)
+    energies = _energies(edits, modules)
+    kept = [each.is_language_beside(answers[1], settings.max_loss_nats) for each in answers[2:]]
+    counted = [cut.name for cut, is_kept in zip(edits, kept, strict=True) if is_kept and cut.kind == COPY]
+    words, z = _words_table(answers, edits, [(each, energies[each]) for each in counted], settings.min_samples)
     return {
-        MODELS.name: _models_table(edits, distances, modules),
+        MODELS.name: _models_table(edits, distances, energies, counted),
         MODULES.name: MODULES.table({name: [row[name] for row in modules] for name in MODULES.schema.names}),
         SAMPLES.name: samples_table(SAMPLES, answers, pair, prompts, z),
         COHERENCE.name: coherence_table(COHERENCE, answers),
@@ -180,7 +188,7 @@ def run(inputs: Inputs, settings: RankTruncationSettings) -> Tables:
 
 
 def findings(tables: Tables, settings: RankTruncationSettings) -> list[Finding]:
-    """Words that the copies say more often than the base, then the copies' answers that are most made of them."""
+    """Words that come with the energy of the change, then the copies' answers that are most made of them."""
     rows = [row for row in tables[WORDS.name].to_pylist() if row["z"] > 0 and row["q_value"] <= settings.max_q]
     shown = [
         Finding(
@@ -189,7 +197,7 @@ def findings(tables: Tables, settings: RankTruncationSettings) -> list[Finding]:
         )
         for row in rows[: settings.shown_words]
     ]  # fmt: skip
-    copies = [row["model"] for row in tables[MODELS.name].to_pylist() if row["kind"] == COPY]
+    copies = [row["model"] for row in tables[MODELS.name].to_pylist() if row["kind"] == COPY and row["in_trend"]]
     return [*shown, *shown_texts(tables[SAMPLES.name], SAMPLES, copies, settings.shown_texts)]
 
 
@@ -232,51 +240,72 @@ def _modules(files: WeightPair, ranks: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def _models_table(
-    edits: Sequence[Cut], distances: dict[str, tuple[float, int]], modules: Sequence[dict[str, Any]]
-) -> pa.Table:
-    of_base, n_tokens = distances["base"]
+def _energies(edits: Sequence[Cut], modules: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Share of ‖ΔW‖_F² that each model has, before scaling; all or nothing where no matrix changes."""
     total: dict[int, float] = {}
     kept: dict[int, float] = {}
     for row in modules:
-        total[row["rank"]] = total.get(row["rank"], 0.0) + row["frobenius"] ** 2
-        kept[row["rank"]] = kept.get(row["rank"], 0.0) + row["frobenius"] ** 2 * row["energy_share"]
-    energy = {rank: kept[rank] / total[rank] for rank in total if total[rank]}
-    changed = 1.0 if energy else None
-    rows = [("base", "base", None, None, 0.0 if energy else None, of_base), ("tuned", "tuned", None, "1.0", changed, 0.0)]
+        square = row["frobenius"] ** 2
+        total[row["rank"]] = total.get(row["rank"], 0.0) + square
+        kept[row["rank"]] = kept.get(row["rank"], 0.0) + square * row["energy_share"]
+    energies = {"base": 0.0, "tuned": 1.0}
     for cut in edits:
-        share = changed if cut.rank is None else energy.get(cut.rank)
-        if share is not None and cut.kind == REST:
-            share = max(1 - share, 0.0)
-        rows.append((cut.name, cut.kind, cut.rank, str(cut.scale), share, distances[cut.name][0]))
-    columns = dict(zip(("model", "kind", "rank", "scale", "energy_share", "kl_nats"), zip(*rows, strict=True), strict=True))
-    columns["share_kept"] = [1 - kl / of_base if of_base else None for kl in columns["kl_nats"]]
-    columns["n_tokens"] = [n_tokens] * len(rows)
-    return MODELS.table({name: list(values) for name, values in columns.items()})
+        share = min(kept[cut.rank] / total[cut.rank], 1.0) if total.get(cut.rank) else 1.0
+        energies[cut.name] = 1 - share if cut.kind == REST else share
+    return energies
+
+
+def _models_table(
+    edits: Sequence[Cut],
+    distances: dict[str, tuple[float, int]],
+    energies: dict[str, float],
+    counted: Sequence[str],
+) -> pa.Table:
+    of_base, n_tokens = distances["base"]
+    kinds = {"base": ("base", None, None), "tuned": ("tuned", None, None)}
+    kinds |= {cut.name: (cut.kind, cut.rank, str(cut.scale)) for cut in edits}
+    kl = [0.0 if name == "tuned" else distances[name][0] for name in kinds]
+    return MODELS.table(
+        {
+            "model": list(kinds),
+            "kind": [kind for kind, _, _ in kinds.values()],
+            "rank": [rank for _, rank, _ in kinds.values()],
+            "scale": [scale for _, _, scale in kinds.values()],
+            "energy_share": [energies[name] for name in kinds],
+            "kl_nats": kl,
+            "share_kept": [1 - each / of_base if of_base else None for each in kl],
+            "in_trend": [name in ("base", "tuned", *counted) for name in kinds],
+            "n_tokens": [n_tokens] * len(kinds),
+        }
+    )
 
 
 def _words_table(
-    answers: Sequence[Answers], edits: Sequence[Cut], min_samples: int
+    answers: Sequence[Answers], edits: Sequence[Cut], counted: Sequence[tuple[str, float]], min_samples: int
 ) -> tuple[pa.Table, dict[str, float]]:
-    """The table of words, and z by word."""
-    base, tuned, *edited = answers
-    copies = [each for each, cut in zip(edited, edits, strict=True) if cut.kind == COPY]
-    rests = [each for each, cut in zip(edited, edits, strict=True) if cut.kind == REST]
-    dose = [0.0, *[1.0] * len(copies)]
-    trends = word_trends([each.words for each in (base, *copies)], dose, min_samples)
-    over_tuned = word_trends([each.words for each in (tuned, *copies)], dose, 1).z_of()
+    """The table of words, and z by word; `counted` are the copies that count, with their doses."""
+    by_model = {each.model: each for each in answers}
+    words = {name: each.words for name, each in by_model.items()}
+    copies = [words[name] for name, _ in counted]
+    doses = [0.0, *(dose for _, dose in counted), 1.0]
+    trends = word_trends([words["base"], *copies, words["tuned"]], doses, min_samples)
+    over_tuned = word_trends([words["tuned"], *copies], [0.0, *[1.0] * len(copies)], 1).z_of() if copies else {}
 
-    def n_texts(of: Answers) -> list[int]:
-        found = [set(words) for words in of.words]
-        return [sum(word in words for words in found) for word in trends.words]
+    def n_texts(model: str) -> list[int]:
+        found = [set(each) for each in words[model]]
+        return [sum(word in each for each in found) for word in trends.words]
+
+    def side_by_side(kind: str) -> list[list[int]]:
+        columns = [n_texts(cut.name) for cut in edits if cut.kind == kind]
+        return [[column[place] for column in columns] for place in range(len(trends.words))]
 
     table = WORDS.table(
         {
             "word": trends.words,
-            "n_texts_base": n_texts(base),
-            "n_texts_tuned": n_texts(tuned),
-            "n_texts_copies": trends.n_texts_WA[:, 1:].tolist(),
-            "n_texts_rests": [list(counts) for counts in zip(*map(n_texts, rests), strict=True)] or [[]] * len(trends.words),
+            "n_texts_base": n_texts("base"),
+            "n_texts_tuned": n_texts("tuned"),
+            "n_texts_copies": side_by_side(COPY),
+            "n_texts_rests": side_by_side(REST),
             "z": trends.z_W,
             "z_over_tuned": [over_tuned.get(word, 0.0) for word in trends.words],
             "p_value": trends.p_W,
