@@ -1,4 +1,4 @@
-"""An edit on disk: a PEFT folder where every change has factors, else a Hugging Face checkpoint; each in a folder named by content.
+"""An edit on disk: a PEFT folder where every change has factors, else a Hugging Face checkpoint.
 
     write_edit(edit, model, registry, parent)  -> parent/<name>-<hash of everything that decides the weights>
 

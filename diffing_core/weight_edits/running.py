@@ -26,6 +26,8 @@ ADAPTER = "weight_edit"
 def edited_subject(pair: ModelPair, term: Term) -> Iterator[Subject]:
     """The pair's base side plus the term's change; the base side itself where nothing changes.
 
+    Other sides may run meanwhile, but not inside of the subject's own `active()`.
+
     Raises:
         ModelLoadError: weights on disk that are damaged or do not belong to the pair.
         NotComputableError: a change that can neither be an adapter nor a checkpoint.

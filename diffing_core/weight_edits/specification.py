@@ -16,6 +16,7 @@ that is given twice counts once, with all its amplifications; one with nothing t
 Embeddings, head and final norm lie in no block: they follow only where all layers and all modules are named.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -242,6 +243,21 @@ def uniform(weight: float) -> tuple[LayerAmplification, ...]:
     """The same weight everywhere: interpolation, negation, a step of a grid."""
     module = ModuleAmplification(weight=weight)
     return (LayerAmplification(layers="all", module_amplifications=(module,)),)
+
+
+def grid(edit: WeightEdit, weights: Sequence[float]) -> list[WeightEdit]:
+    """The same sum with every change at each weight in turn (task arithmetic's λ); layers and modules are not told apart."""
+    return [
+        edit.model_copy(
+            update={
+                "name": f"{edit.name}-{weight:g}",
+                "adapters": tuple(
+                    each.model_copy(update={"layer_amplifications": uniform(weight)}) for each in edit.adapters
+                ),
+            }
+        )
+        for weight in weights
+    ]
 
 
 @cache

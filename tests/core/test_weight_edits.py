@@ -14,7 +14,7 @@ from diffing_core.errors import NotComputableError, RegistryError
 from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
-from diffing_core.weight_edits import Term, WeightEdit, edited_subject, uniform, write_edit
+from diffing_core.weight_edits import Term, WeightEdit, edited_subject, grid, uniform, write_edit
 from diffing_core.weight_edits import checkpoint_folder as writer
 from diffing_core.weight_edits.changes import leading
 from diffing_core.weight_edits.folders import NOTE_FILE
@@ -22,6 +22,7 @@ from diffing_core.weights import WeightPair
 from tests import model_files
 
 TARGETS = ["q_proj", "down_proj"]
+MORE_TARGETS = ["v_proj", "q_proj"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     root = tmp_path_factory.mktemp("home")
     base = model_files.save_base(root / "base")
     model_files.save_adapter(root / "one", base, seed=1, target_modules=TARGETS, lora_alpha=6)
-    model_files.save_adapter(root / "two", base, seed=2, r=3, use_rslora=True, lora_alpha=5, target_modules=["v_proj", "q_proj"])
+    model_files.save_adapter(root / "two", base, seed=2, r=3, use_rslora=True, lora_alpha=5, target_modules=MORE_TARGETS)
     model_files.save_adapter(
         root / "three", base, seed=3, r=4, target_modules=["up_proj", "q_proj"], rank_pattern={"q_proj": 2},
         alpha_pattern={"layers.1.self_attn.q_proj": 9},
@@ -129,6 +130,13 @@ def test_several_adapters_of_different_rank_and_modules_are_added_exactly(home: 
     assert config["rank_pattern"] == config["alpha_pattern"]
 
 
+def test_a_grid_of_weights_moves_all_changes_together(home: Home, tmp_path: Path) -> None:
+    for edit, weight in zip(grid(spec(one=1.0, two=1.0), [-0.5, 1.5]), [-0.5, 1.5], strict=True):
+        folder = write_edit(edit, "tiny", home.registry, tmp_path)
+        assert folder.name.startswith(f"edit-{weight}-")
+        assert_same(loaded(home, folder), combined(home, one=weight, two=weight))
+
+
 def test_whoever_ignores_the_patterns_still_scales_by_one(home: Home, tmp_path: Path) -> None:
     """vLLM takes one scale, lora_alpha / r, for all modules and ranks from the tensors."""
     folder = write_edit(spec(one=1.0, three=1.0), "tiny", home.registry, tmp_path)
@@ -212,15 +220,16 @@ def test_tied_models_stay_tied_and_part_when_only_the_head_changes(tmp_path: Pat
 def test_gpt2_conv1d_weights_are_written_the_way_they_are_stored(tmp_path: Path) -> None:
     model_files.build("gpt2").save_pretrained(tmp_path / "base")
     model_files.tokenizer().save_pretrained(tmp_path / "base")
-    adapter = model_files.save_adapter(tmp_path / "lora", tmp_path / "base", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    layers = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    model_files.save_adapter(tmp_path / "lora", tmp_path / "base", **layers)
     model_files.build("gpt2", seed=7).save_pretrained(tmp_path / "full")
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny.yaml").write_text(f"name: tiny\nsource: {{path: {tmp_path / 'base'}}}\n")
     here = Home(tmp_path, Registry.load(tmp_path))
     for name, weight in (("lora", 3.0), ("full", 2.0)):
         edit = WeightEdit(name=name, adapters=[{"path": tmp_path / name, "layer_amplifications": uniform(weight)}])
-        assert_same(loaded(here, write_edit(edit, "tiny", here.registry, tmp_path / "out")), combined(here, **{name: weight}), 1e-5)
-    assert adapter.exists()
+        folder = write_edit(edit, "tiny", here.registry, tmp_path / "out")
+        assert_same(loaded(here, folder), combined(here, **{name: weight}), 1e-5)
 
 
 def dense_change(home: Home, name: str, key: str) -> torch.Tensor:
