@@ -66,7 +66,7 @@ class AmplificationSettings(PromptedSettings):
     max_loss_nats: float = Field(
         2.0, ge=0, description="A model counts if its texts' log p_base per token is at most so far below the tuned model's."
     )
-    max_q: float = Field(0.05, gt=0, le=1, description="q-value up to which a trend is shown.")
+    max_q: float = Field(0.2, gt=0, le=1, description="q-value up to which a trend is shown.")
     min_monotone: float = Field(0.5, ge=-1, le=1, description="Rank correlation from which a word rises with the weight.")
     shown_words: int = Field(40, ge=0, description="Words among the findings.")
     shown_texts: int = Field(5, ge=0, description="Texts among the findings.")

@@ -69,7 +69,7 @@ class RankTruncationSettings(PromptedSettings):
     max_loss_nats: float = Field(
         2.0, ge=0, description="A copy counts if its texts' log p_base per token is at most so far below the tuned model's."
     )
-    max_q: float = Field(0.05, gt=0, le=1, description="q-value up to which a word is shown.")
+    max_q: float = Field(0.2, gt=0, le=1, description="q-value up to which a word is shown.")
     shown_words: int = Field(40, ge=0, description="Words among the findings.")
     shown_texts: int = Field(5, ge=0, description="Texts among the findings.")
 

@@ -133,17 +133,18 @@ def _weighed(term: Term) -> Iterator[EditedTensor]:
     for delta in weight_stream(term.pair):
         weight = weights.of(delta.layer, delta.part)
         change = _cut(change_of(delta), term) if weight else None
-        if change is None:
+        if change is None or _is_nothing(change):
             continue
-        named = EditedTensor(delta.name, delta.layer, delta.part, delta.flipped)
-        if isinstance(change, Factors):
-            scaled = replace(change, left_MR=change.left_MR * weight)
-            edited = replace(named, factors=scaled)
-        elif change.any():
-            edited = replace(named, change=change * weight)
-        else:
-            continue
-        yield replace(edited, heads_too=tied and delta.pair is not None and delta.name in EMBEDDINGS)
+        scaled = _scaled(change, weight)
+        heads_too = tied and delta.pair is not None and delta.name in EMBEDDINGS
+        is_low_rank = isinstance(change, Factors)
+        given = {"factors": scaled} if is_low_rank else {"change": scaled}
+        yield EditedTensor(delta.name, delta.layer, delta.part, delta.flipped, heads_too=heads_too, **given)
+
+
+def _is_nothing(change: "Factors | Any") -> bool:
+    """Whether a change is zero or has no direction at all."""
+    return not (change.left_MR.any() if isinstance(change, Factors) else change.any())
 
 
 def _cut(change: "Factors | Any", term: Term) -> "Factors | Any | None":

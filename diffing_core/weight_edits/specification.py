@@ -179,7 +179,7 @@ class WeightEdit(_Entry):
         for each in (each for each in self.adapters if each.does_something):
             before = found.get(each.place)
             if before is not None:
-                cuts = [{edit.rank, edit.residual, edit.keep_norm} for edit in (before, each)]
+                cuts = [(edit.rank, edit.residual, edit.keep_norm) for edit in (before, each)]
                 if cuts[0] != cuts[1]:
                     raise RegistryError(f"{self.name}: adapter {each.organism or each.path} is given with two ranks")
                 joined = before.layer_amplifications + each.layer_amplifications

@@ -93,6 +93,8 @@ def test_nothing_to_do_and_two_ranks_of_one_adapter_are_told() -> None:
         WeightEdit(name="x", adapters=[adapter("a")]).effective()
     with pytest.raises(RegistryError, match="two ranks"):
         WeightEdit(name="x", adapters=[adapter("a", rank=1), adapter("a", rank=2)]).effective()
+    with pytest.raises(RegistryError, match="two ranks"):
+        WeightEdit(name="x", adapters=[adapter("a", rank=1), adapter("a", rank=1, residual=True)]).effective()
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,14 @@ def test_rank_k_and_rest_are_the_singular_value_decomposition(home: Home, tmp_pa
     assert json.loads((rest / NOTE_FILE).read_text())["kind"] == ("full" if organism == "full" else "lora")
 
 
+@pytest.mark.parametrize("rank", [None, 1])
+def test_an_adapter_that_changes_nothing_is_no_edit(home: Home, tmp_path: Path, rank: int | None) -> None:
+    zero = model_files.save_adapter(tmp_path / "zero", home.folder("base"), init_lora_weights=True)
+    entry = {"path": zero, "layer_amplifications": uniform(2.0), "rank": rank}
+    with pytest.raises(NotComputableError, match="nothing to write"):
+        write_edit(WeightEdit(name="x", adapters=[entry]), "tiny", home.registry, tmp_path / "out")
+
+
 def test_keep_norm_gives_every_matrix_the_size_of_its_whole_change(home: Home, tmp_path: Path) -> None:
     folder = write_edit(spec(three={"rank": 1, "keep_norm": True}), "tiny", home.registry, tmp_path)
     base, whole, cut = merged(home, "base"), merged(home, "three"), loaded(home, folder)
