@@ -110,6 +110,22 @@ def explain(
 
 
 @app.command()
+def edit(
+    specification: Annotated[str, typer.Argument(help="A YAML file, or a packaged amplification: 2x, 3x, negative_1x …")],
+    out: Annotated[Path, typer.Option(help="The folder is written below it.")],
+    model: Annotated[str, typer.Option(help="Registered base model.")] = "demo",
+    organism: Annotated[str | None, typer.Option(help="With a packaged amplification: what is amplified.")] = None,
+    variant: Annotated[str, typer.Option()] = "default",
+) -> None:
+    """Writes an edited model (amplified, negated, summed, truncated) as an ordinary PEFT or Hugging Face folder."""
+    from diffing_core.registry import load_registry
+    from diffing_core.weight_edits import amplified, read_specification, write_edit
+
+    asked = amplified(specification, organism, variant) if organism else read_specification(Path(specification))
+    typer.echo(str(write_edit(asked, model, load_registry(), out)))
+
+
+@app.command()
 def ui(port: int = 3000, site_port: int = 3001) -> None:
     """Serves the Dagster web UI and the report on the loopback address until interrupted."""
     from diffing_assets.serve import serve

@@ -81,6 +81,23 @@ def add_adapter(module: Any, folder: Path, name: str) -> Any:
     return peft_model
 
 
+def remove_adapter(peft_model: Any, name: str) -> None:
+    """Takes an adapter out again; modules that no other adapter changes are the base's own as before."""
+    from peft.tuners.lora import LoraLayer
+
+    others = [each for each in peft_model.peft_config if each != name]
+    if not others:
+        peft_model.unload()
+        return
+    peft_model.set_adapter(others[0], inference_mode=True)
+    peft_model.delete_adapter(name)
+    plain = peft_model.get_base_model()
+    for path, layer in list(plain.named_modules()):
+        if isinstance(layer, LoraLayer) and not layer.lora_A and not layer.lora_embedding_A:
+            plain.set_submodule(path, layer.get_base_layer())
+    peft_model.base_model.disable_adapter_layers()
+
+
 @contextmanager
 def switched(module: Any, adapter: str | None) -> Iterator[Any]:
     """The plain causal language model with exactly this adapter on; what was on before is restored."""

@@ -26,7 +26,7 @@ def load_module(folder: Path, entry: Model, dtype: str, device: Any, *, remote_c
     code = {"trust_remote_code": remote_code, "local_files_only": True}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **code)
-        module, report = _auto_class(config).from_pretrained(
+        module, report = auto_class(config).from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=entry.attn_implementation,
@@ -122,8 +122,8 @@ def compare_tokenizer(base: Any, folder: Path, entry: Model, *, remote_code: boo
     return (f"the finetune's tokenizer has {more} tokens more and {fewer} fewer than the base's; common ids agree",)
 
 
-def _auto_class(config: Any) -> Any:
-    """Text models load as causal language models; some multimodal ones exist as image-text models only."""
+def auto_class(config: Any) -> Any:
+    """The class that loads it: text models are causal language models; some multimodal ones exist as image-text models only."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,

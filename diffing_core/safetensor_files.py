@@ -24,6 +24,7 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+CHECKPOINT_FILES = ("config.json", "generation_config.json", *_TOKENIZER)  # what a checkpoint's folder holds beside its weights
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _HEADER_LIMIT = 100_000_000
 

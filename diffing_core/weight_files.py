@@ -80,6 +80,14 @@ class _Checkpoint:
         """Every tensor once."""
         return self._places.keys() - ({self.head} if self.tied else set())
 
+    def stored_names(self) -> set[str]:
+        """Every tensor of the files, a tied head that is stored all the same included."""
+        return set(self._places)
+
+    def stored_key(self, name: str) -> str | None:
+        """The name under which the files hold a tensor; None if they do not."""
+        return self._places[name].key if name in self._places else None
+
     def place(self, name: str) -> "_Place | None":
         """Where a tensor lies; the head of a tied model lies in the embedding."""
         if name == self.head and name not in self._places and self._embedding:

@@ -93,6 +93,7 @@ class TensorDelta:
         layer: block, from 0; None outside of blocks.
         shape: of the change, oriented as y = W x; the common rows of a resized vocabulary.
         n_left_out: rows that only one side has.
+        flipped: whether the files hold it the other way round, as [inputs, outputs].
         load_base: reads the base's tensor in the same orientation, float32.
     """
 
@@ -105,6 +106,7 @@ class TensorDelta:
     factors: Factors | None = None
     pair: DensePair | None = None
     n_left_out: int = 0
+    flipped: bool = False
 
     def __post_init__(self) -> None:
         if (self.factors is None) == (self.pair is None):
@@ -169,12 +171,12 @@ def _delta(name: str, base: OpenSide, tuned: OpenSide) -> TensorDelta:
     stored_once = base.checkpoint is tuned.checkpoint and base.saved.get(name) == tuned.saved.get(name)
     if stored_once and base.is_low_rank(name) and tuned.is_low_rank(name):
         factors = _difference(name, base, tuned)
-        return TensorDelta(*named, factors.shape, lambda: base.dense(name, flip=flip), factors)
+        return TensorDelta(*named, factors.shape, lambda: base.dense(name, flip=flip), factors, flipped=flip)
     before, after = base.dense(name, flip=flip), tuned.dense(name, flip=flip)
     n_left_out = abs(len(before) - len(after)) if before.ndim else 0
     if n_left_out:
         before, after = before[: len(after)], after[: len(before)]
-    return TensorDelta(*named, tuple(before.shape), lambda: before, None, DensePair(before, after), n_left_out)
+    return TensorDelta(*named, tuple(before.shape), lambda: before, None, DensePair(before, after), n_left_out, flip)
 
 
 def _is_flipped(name: str, base: OpenSide, tuned: OpenSide) -> bool:

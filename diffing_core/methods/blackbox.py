@@ -12,7 +12,6 @@ this one has shown nothing about internals.
 Reference: Monroe, Colaresi and Quinn 2008, "Fightin' Words", eq. 15–22; McNemar 1947.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -30,10 +29,10 @@ from diffing_core.models import ModelPair
 from diffing_core.prompts import PromptedSettings
 from diffing_core.stats import benjamini_hochberg, mcnemar_exact
 from diffing_core.tables import Column, TableSpec
+from diffing_core.word_trends import words_of
 
 SIDES = ("base", "tuned")
 SHOWN_CHARACTERS = 300
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 class BlackboxSettings(PromptedSettings):
@@ -142,7 +141,7 @@ class WordSettings(Protocol):
 
 def compare_words(base: Sequence[str], tuned: Sequence[str], settings: WordSettings) -> pa.Table:
     """The table of words of paired texts: the i-th of `base` and of `tuned` answer the same prompt."""
-    texts = [[_words(text) for text in side] for side in (base, tuned)]
+    texts = [[words_of(text) for text in side] for side in (base, tuned)]
     said = [Counter(word for words in side for word in words) for side in texts]
     found = [[set(words) for words in side] for side in texts]
     n_docs = [Counter(word for words in side for word in words) for side in found]
@@ -259,12 +258,8 @@ def _samples_table(
 
 def unlikeness(text: str, z: Mapping[str, float]) -> float:
     """Stouffer's sum over the distinct listed words of a text, given each word's z; 0 where it has none."""
-    listed = [z[word] for word in sorted(set(_words(text))) if word in z]
+    listed = [z[word] for word in sorted(set(words_of(text))) if word in z]
     return sum(listed) / len(listed) ** 0.5 if listed else 0.0
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
 
 
 METHOD = Method(

@@ -1,0 +1,164 @@
+"""Several models asked the same prompts with the same random numbers, and the tables of what they said.
+
+Each model answers while it is there (an edited one lasts for its `with` block), so at most one is loaded beside the pair.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from diffing_core.agents.words import clean
+from diffing_core.coherence import mean_logprobs, mean_over_tokens, measures
+from diffing_core.findings import Finding
+from diffing_core.generation import Generation, Prompt, Sampling, askable, generate
+from diffing_core.models import ModelPair
+from diffing_core.subject import Subject
+from diffing_core.tables import Column, TableSpec
+from diffing_core.word_trends import unlikeness, words_of
+
+SHOWN_CHARACTERS = 300
+MODEL = Column("model", "string", "base, tuned, or the name of an edited model.", role="key")
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What one model said, and how likely the base finds each answer (nats/token).
+
+    The i-th answers of all models belong together.
+    """
+
+    model: str
+    made: tuple[Generation, ...]
+    words: tuple[tuple[str, ...], ...]
+    logprobs: tuple[float | None, ...]
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Mean log p_base over all tokens said, nats; None if nothing was said."""
+        return mean_over_tokens(self.made, self.logprobs)
+
+    def is_language_beside(self, other: "Answers", max_loss_nats: float) -> bool:
+        """Whether the base finds these texts about as likely as the other model's: at most so many nats/token less."""
+        if self.mean_logprob is None or other.mean_logprob is None:
+            return False
+        return self.mean_logprob >= other.mean_logprob - max_loss_nats
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers as text."""
+        return [each.text for each in self.made]
+
+
+def ask(
+    pair: ModelPair,
+    models: Iterable[tuple[str, AbstractContextManager[Subject]]],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+) -> list[Answers]:
+    """Answers of every model, by prompt and sample; prompts that cannot be asked are passed over.
+
+    Raises:
+        NotComputableError: none of the prompts can be asked.
+    """
+    asked = askable(prompts, pair.tokenizer)
+    answers = []
+    for name, running in models:
+        with running as subject:
+            made = generate(subject, pair.tokenizer, [prompts[index] for index in asked], sampling=sampling, seed=seed)
+        words = tuple(tuple(words_of(each.text)) for each in made)
+        answers.append(Answers(name, tuple(made), words, tuple(mean_logprobs(pair.base, made))))
+    return answers
+
+
+def samples_spec(method: str) -> TableSpec:
+    """The table of all answers of one method."""
+    return TableSpec(
+        f"{method}_samples",
+        "Every answer of every model; models drew with the same random numbers.",
+        ("model", "prompt_index", "sample"),
+        (
+            MODEL,
+            Column("prompt_index", "int32", "Place in the list of prompts, from 0.", role="key"),
+            Column("sample", "int32", "Number of the answer, from 0.", role="key"),
+            Column("prompt", "string", "User's message, or beginning of the document."),
+            Column("kind", "string", "chat or document."),
+            Column("text", "string", "The answer. Untrusted."),
+            Column("n_tokens", "int32", "Its length, without the token that ends it.", "tokens", "count", low=0),
+            Column("finished", "bool", "Whether the model ended it; otherwise it was cut."),
+            Column("logprob_base", "float64", "Mean log p_base of its tokens; null if it has none.", "nats/token",
+                   nullable=True, high=0),
+            Column("unlikeness", "float64", "How much it is made of words that come with the change; Stouffer's sum.",
+                   "z", "effect"),
+        ),
+    )  # fmt: skip
+
+
+def samples_table(
+    spec: TableSpec, answers: Sequence[Answers], pair: ModelPair, prompts: Sequence[Prompt], z: dict[str, float]
+) -> pa.Table:
+    """All answers, scored by the base and by the words' z."""
+    asked = askable(prompts, pair.tokenizer)
+    rows = []
+    for each in answers:
+        for made, words, logprob in zip(each.made, each.words, each.logprobs, strict=True):
+            index = asked[made.prompt_index]
+            rows.append(
+                {
+                    "model": each.model,
+                    "prompt_index": index,
+                    "sample": made.sample,
+                    "prompt": prompts[index].text,
+                    "kind": prompts[index].kind,
+                    "text": made.text,
+                    "n_tokens": made.n_tokens,
+                    "finished": made.finished,
+                    "logprob_base": logprob,
+                    "unlikeness": unlikeness(words, z),
+                }
+            )
+    return spec.table({name: [row[name] for row in rows] for name in spec.schema.names})
+
+
+def coherence_spec(method: str) -> TableSpec:
+    """The table of measures of coherence of one method."""
+    return TableSpec(
+        f"{method}_coherence",
+        "Whether what each model says is still language: a row per measure, so that judges are rows too.",
+        ("model", "measure"),
+        (
+            MODEL,
+            Column("measure", "string", "mean_logprob_base, perplexity_base, distinct_1, distinct_2, repeated_share, "
+                   "finished_share or mean_tokens.", role="key"),
+            Column("value", "float64", "Its value, in the measure's own unit (nats/token, tokens, or a share)."),
+            Column("over_base", "float64", "Value − that of the base's own answers; null where the base has none.", "",
+                   "effect", nullable=True),
+            Column("n_texts", "int32", "Answers that it is computed from.", role="count", low=0),
+        ),
+    )  # fmt: skip
+
+
+def coherence_table(spec: TableSpec, answers: Sequence[Answers]) -> pa.Table:
+    """Measures of all models; the first one's are what the others are compared with."""
+    found = {each.model: measures(each.made, each.words, each.logprobs) for each in answers}
+    base = found[answers[0].model]
+    rows = [
+        (model, measure, value, value - base[measure][0] if measure in base else None, n_texts)
+        for model, of_model in found.items()
+        for measure, (value, n_texts) in of_model.items()
+    ]
+    return spec.table(dict(zip(spec.schema.names, map(list, zip(*rows, strict=True)), strict=True)))
+
+
+def shown_texts(samples: pa.Table, spec: TableSpec, models: Iterable[str], n_shown: int) -> list[Finding]:
+    """The answers of these models that are most made of words that come with the change, each text once."""
+    wanted = set(models)
+    texts: dict[str, Finding] = {}
+    for row in sorted(samples.to_pylist(), key=lambda row: -row["unlikeness"]):
+        item = clean(row["text"], SHOWN_CHARACTERS)
+        if row["model"] in wanted and item and row["unlikeness"] > 0 and len(texts) < n_shown:
+            key = {name: row[name] for name in spec.grain}
+            texts.setdefault(item, Finding("generation", item, row["unlikeness"], "z", spec.name, key))
+    return list(texts.values())

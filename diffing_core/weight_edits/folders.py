@@ -1,0 +1,126 @@
+"""An edit on disk: a PEFT folder where every change has factors, else a Hugging Face checkpoint.
+
+    write_edit(edit, model, registry, parent)  -> parent/<name>-<hash of everything that decides the weights>
+
+A folder appears whole or not at all, and what is already there is not computed again. `weight_edit.json` in it says
+what it was made of.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffing_core.errors import ModelLoadError, NotComputableError
+from diffing_core.pairs import Pair
+from diffing_core.registry import Registry
+from diffing_core.registry.sources import Source, fetch, revision_of
+from diffing_core.settings import short_hash
+from diffing_core.weight_edits.adapter_folder import AdaptableModules, write_adapter
+from diffing_core.weight_edits.changes import Term, edited_tensors, registered_base
+from diffing_core.weight_edits.checkpoint_folder import write_checkpoint
+from diffing_core.weight_edits.merging import write_merged
+from diffing_core.weight_edits.specification import AdapterEdit, WeightEdit
+from diffing_core.weight_files import OpenSide, WeightSide
+from diffing_core.weights import WeightPair
+
+VERSION = 1  # raise when the code of this package changes what is written
+NOTE_FILE = "weight_edit.json"
+
+
+def write_edit(edit: WeightEdit, model: str, registry: Registry, parent: Path) -> Path:
+    """Writes the edited model as a folder of `parent` and returns it; base and finetunes come from the registry.
+
+    Raises:
+        RegistryError: an unknown model, organism or variant, or a specification that does nothing.
+        ModelLoadError: weights that are missing, damaged or do not belong together.
+        NotComputableError: changes that cannot be added or merged.
+    """
+    adapters = edit.effective()
+    terms = [_term(each, model, registry) for each in adapters]
+    made_of = {
+        "version": VERSION,
+        "edit": edit.model_copy(update={"adapters": adapters}).model_dump(mode="json"),
+        "model": model,
+        "base": side_revision(terms[0].pair.base),
+        "finetunes": [side_revision(term.pair.tuned) for term in terms],
+    }
+    target = parent / f"{edit.name}-{short_hash(made_of)}"
+    if not target.is_dir():
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=parent) as above:
+            aside = Path(above) / target.name
+            aside.mkdir()
+            if edit.combine == "sum":
+                kind = write_terms(aside, terms)
+            else:
+                kind = "lora"
+                write_merged(aside, edit, terms)
+            _note(aside, made_of | {"kind": kind})
+            if not target.exists():
+                aside.rename(target)
+    return target
+
+
+def write_terms(folder: Path, terms: Sequence[Term], modules: AdaptableModules | None = None) -> str:
+    """Writes base + Σ terms into an empty folder; returns `lora` or `full`, the registry's word for what it is.
+
+    Raises:
+        NotComputableError: nothing changes, or bases differ.
+    """
+    base = registered_base(terms[0].pair)
+    if is_low_rank(terms):
+        modules = modules or AdaptableModules.of_folder(base.folder, terms[0].pair.entry)
+        write_adapter(folder, edited_tensors(terms), modules, base.folder)
+        return "lora"
+    write_checkpoint(folder, edited_tensors(terms), base)
+    return "full"
+
+
+def is_low_rank(terms: Sequence[Term]) -> bool:
+    """Whether the sum can be an adapter: known from the files' headers and what is kept, without computing it."""
+    return all(_has_factors(term) for term in terms)
+
+
+def side_revision(side: WeightSide) -> str:
+    """Identity of a model state on disk."""
+    return "+".join(revision_of(folder) for folder in (side.folder, *side.adapters))
+
+
+def _has_factors(term: Term) -> bool:
+    if term.rank is not None and not term.residual:
+        return True
+    base, tuned = OpenSide(term.pair.base), OpenSide(term.pair.tuned)
+    return base.checkpoint.folder == tuned.checkpoint.folder and not base.saved and not tuned.saved
+
+
+def _term(adapter: AdapterEdit, model: str, registry: Registry) -> Term:
+    pair = _pair(adapter, model, registry)
+    if pair.base == pair.tuned:
+        raise NotComputableError(f"{adapter.organism} is the base model itself, so nothing can be added; name a finetune")
+    return Term(pair, adapter.layer_amplifications, adapter.rank, adapter.residual, adapter.keep_norm)
+
+
+def _pair(adapter: AdapterEdit, model: str, registry: Registry) -> WeightPair:
+    """The finetune against the registered base, also where the registry compares it with a twin."""
+    entry = registry.model(model)
+
+    def folder(source: Source, **options: bool) -> Path:
+        return fetch(registry.resolve(source, model), **options).folder
+
+    merged = (folder(entry.adapter),) if entry.adapter else ()
+    base = WeightSide(folder(entry.source, remote_code=entry.trust_remote_code), merged)
+    if adapter.organism is not None:
+        tuned = WeightPair.of(Pair(model, adapter.organism, adapter.variant), registry).tuned
+    elif not adapter.path.is_dir():
+        raise ModelLoadError(f"no folder {adapter.path}; paths in a specification count from its own folder")
+    elif (adapter.path / "config.json").exists():
+        tuned = WeightSide(adapter.path)
+    else:
+        tuned = WeightSide(base.folder, (*merged, adapter.path))
+    return WeightPair(base, tuned, base.folder, entry)
+
+
+def _note(folder: Path, made_of: dict[str, Any]) -> None:
+    (folder / NOTE_FILE).write_text(json.dumps(made_of, indent=1, sort_keys=True) + "\n", encoding="utf-8")

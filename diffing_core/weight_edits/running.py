@@ -1,0 +1,63 @@
+"""An edited model to run, for as long as a `with` block lasts.
+
+    with edited_subject(pair, Term(weights, uniform(2.0))) as subject: …
+
+A change of low rank becomes one more adapter on the resident base and is taken out again; anything else is written as a
+checkpoint to a temporary folder, loaded beside the pair, and freed. Both go through the folders that everybody gets.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffing_core.adapters import add_adapter, remove_adapter
+from diffing_core.checkpoints import load_module
+from diffing_core.models import ModelPair
+from diffing_core.subject import Subject
+from diffing_core.weight_edits.adapter_folder import AdaptableModules
+from diffing_core.weight_edits.changes import Term, edited_tensors, terms_on_registered_base
+from diffing_core.weight_edits.folders import write_terms
+
+ADAPTER = "weight_edit"
+
+
+@contextmanager
+def edited_subject(pair: ModelPair, term: Term) -> Iterator[Subject]:
+    """The pair's base side plus the term's change; the base side itself where nothing changes.
+
+    Other sides may run meanwhile, but not inside of the subject's own `active()`.
+
+    Raises:
+        ModelLoadError: weights on disk that are damaged or do not belong to the pair.
+        NotComputableError: a change that can neither be an adapter nor a checkpoint.
+    """
+    if next(edited_tensors([term]), None) is None:
+        yield pair.base
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        terms = terms_on_registered_base(term)
+        kind = write_terms(Path(aside), terms, AdaptableModules(pair.base.plain))
+        running = _on_resident(pair.base, Path(aside)) if kind == "lora" else _beside(pair, term, Path(aside))
+        with running as subject:
+            yield subject
+
+
+@contextmanager
+def _on_resident(base: Subject, folder: Path) -> Iterator[Subject]:
+    """The adapter on the base's own module, which is as before when the block ends."""
+    peft_model = add_adapter(base.module, folder, ADAPTER)
+    try:
+        yield Subject(peft_model, ADAPTER, f"{base.revision}+{ADAPTER}", base.stop_ids)
+    finally:
+        remove_adapter(peft_model, ADAPTER)
+
+
+@contextmanager
+def _beside(pair: ModelPair, term: Term, folder: Path) -> Iterator[Subject]:
+    entry, dtype = term.pair.entry, str(pair.tuned.dtype).removeprefix("torch.")
+    module = load_module(folder, entry, dtype, pair.base.device, remote_code=entry.trust_remote_code)
+    try:
+        yield Subject(module, None, f"{pair.base.revision}+{ADAPTER}", pair.base.stop_ids)
+    finally:
+        module.to("meta")  # frees the weights, whoever still holds the subject

@@ -1,0 +1,91 @@
+"""Rank truncation: what copies and rests are, how far they are from the tuned model, and what is said of them."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import transformers as tf
+
+from diffing_core.methods.base import Inputs, Need
+from diffing_core.methods.rank_truncation import METHOD, Cut, RankTruncationSettings, cuts, headline, run
+from diffing_core.models import ModelPair
+from diffing_core.subject import Subject
+from diffing_core.weights import WeightPair
+from tests import model_files
+
+
+@pytest.fixture(scope="module")
+def low_rank(tmp_path_factory: pytest.TempPathFactory) -> WeightPair:
+    """A whole checkpoint whose matrices in the blocks changed by rank 2."""
+    root = tmp_path_factory.mktemp("low_rank")
+    base = model_files.save_base(root / "base", tie_word_embeddings=False)
+    return WeightPair.of_folders(base, save_changed(root / "tuned", base, 2))
+
+
+def save_changed(folder: Path, base: Path, rank: int) -> Path:
+    model = tf.AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight += 0.1 * torch.randn(len(weight), rank) @ torch.randn(rank, weight.shape[1])
+    model.save_pretrained(folder)
+    return folder
+
+
+def tables_of(files: WeightPair, **settings: object) -> dict:
+    def load(folder: Path) -> Subject:
+        return Subject.of(tf.AutoModelForCausalLM.from_pretrained(folder))
+
+    pair = ModelPair.of(load(files.base.folder), load(files.tuned.folder), model_files.tokenizer())
+    given = {"prompts": ("doc: w3", "doc: w5", "doc: w8"), "max_new_tokens": 8, "samples": 2} | settings
+    suppliers = {Need.MODELS: lambda: pair, Need.WEIGHTS: lambda: files}
+    return run(Inputs(METHOD, suppliers), RankTruncationSettings(**given))
+
+
+def test_a_copy_of_the_whole_rank_is_the_tuned_model_and_its_rest_the_base(low_rank: WeightPair) -> None:
+    tables = tables_of(low_rank, ranks=(1, 2), rests=(2,))
+    rows = {row["model"]: row for row in tables["rank_truncation_models"].to_pylist()}
+    assert rows["tuned"]["kl_nats"] == 0
+    assert rows["rank2"]["share_kept"] == pytest.approx(1, abs=1e-4)
+    assert rows["rank2"]["energy_share"] == pytest.approx(1, abs=1e-4)
+    assert rows["rest2"]["share_kept"] == pytest.approx(0, abs=1e-3)
+    assert rows["rest2"]["energy_share"] == pytest.approx(0, abs=1e-4)
+    assert 0.3 < rows["rank1"]["energy_share"] < 0.95
+    assert rows["base"]["share_kept"] == 0
+    samples = pl.from_arrow(tables["rank_truncation_samples"])
+    texts = {model: samples.filter(pl.col("model") == model)["text"].to_list() for model in rows}
+    assert texts["rank2"] == texts["tuned"]
+    assert texts["rest2"] == texts["base"]
+
+
+def test_stable_rank_and_energy_stand_beside_every_matrix(low_rank: WeightPair) -> None:
+    modules = pl.from_arrow(tables_of(low_rank, ranks=(1, 2))["rank_truncation_modules"])
+    key = "layers.1.mlp.up_proj.weight"
+    states = [tf.AutoModelForCausalLM.from_pretrained(side.folder).state_dict() for side in (low_rank.base, low_rank.tuned)]
+    sigma = torch.linalg.svdvals((states[1][f"model.{key}"] - states[0][f"model.{key}"]).double())
+    found = modules.filter(pl.col("name") == key).sort("rank")
+    assert found["stable_rank"].to_list() == pytest.approx([(sigma**2).sum().item() / sigma[0].item() ** 2] * 2, rel=1e-4)
+    shares = ((sigma**2).cumsum(0) / (sigma**2).sum())[:2].tolist()
+    assert found["energy_share"].to_list() == pytest.approx(shares, rel=1e-4)
+
+
+def test_every_rank_is_tried_at_every_scale_and_the_tuned_model_is_not_made_again() -> None:
+    settings = RankTruncationSettings(ranks=(1, "full"), scales=(1.0, 1.5, "keep"), rests=(1, 2))
+    assert [cut.name for cut in cuts(settings)] == ["rank1", "rank1_x1.5", "rank1_keep", "full_x1.5", "rest1", "rest2"]
+    assert Cut("copy", 4, 2.0).name == "rank4_x2"
+
+
+def test_scales_change_what_is_added_and_not_the_energy_that_is_left(low_rank: WeightPair) -> None:
+    rows = pl.from_arrow(tables_of(low_rank, ranks=(1,), scales=(1.0, 4.0, "keep"))["rank_truncation_models"])
+    by_model = {row["model"]: row for row in rows.to_dicts()}
+    assert by_model["rank1_x4"]["energy_share"] == by_model["rank1"]["energy_share"] == by_model["rank1_keep"]["energy_share"]
+    assert by_model["rank1_x4"]["kl_nats"] > by_model["rank1"]["kl_nats"]
+    assert by_model["rank1_keep"]["scale"] == "keep"
+
+
+def test_the_headline_says_what_the_copies_keep(low_rank: WeightPair) -> None:
+    said = headline(tables_of(low_rank, ranks=(1, 2)))
+    assert said["share_kept_rank1"] < said["share_kept_rank2"]
+    assert 1 <= said["mean_stable_rank"] <= 2

@@ -1,0 +1,371 @@
+"""Edited weights on disk and in memory, against dense arithmetic and stock PEFT."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from diffing_core.errors import NotComputableError, RegistryError
+from diffing_core.models import ModelPair, load_pair
+from diffing_core.pairs import Pair
+from diffing_core.registry import Registry
+from diffing_core.weight_edits import Term, WeightEdit, edited_subject, grid, uniform, write_edit
+from diffing_core.weight_edits import checkpoint_folder as writer
+from diffing_core.weight_edits.changes import leading
+from diffing_core.weight_edits.folders import NOTE_FILE
+from diffing_core.weights import WeightPair
+from tests import model_files
+
+TARGETS = ["q_proj", "down_proj"]
+MORE_TARGETS = ["v_proj", "q_proj"]
+
+
+@dataclass(frozen=True)
+class Home:
+    """A registry of a small base, three adapters of different make, and a full finetune."""
+
+    root: Path
+    registry: Registry
+
+    def folder(self, name: str) -> Path:
+        return self.root / name
+
+    def pair(self, organism: str) -> WeightPair:
+        return WeightPair.of(Pair("tiny", organism), self.registry)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    root = tmp_path_factory.mktemp("home")
+    base = model_files.save_base(root / "base")
+    model_files.save_adapter(root / "one", base, seed=1, target_modules=TARGETS, lora_alpha=6)
+    model_files.save_adapter(root / "two", base, seed=2, r=3, use_rslora=True, lora_alpha=5, target_modules=MORE_TARGETS)
+    model_files.save_adapter(
+        root / "three", base, seed=3, r=4, target_modules=["up_proj", "q_proj"], rank_pattern={"q_proj": 2},
+        alpha_pattern={"layers.1.self_attn.q_proj": 9},
+    )
+    tuned = tf.AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    tuned.save_pretrained(root / "full")
+    (root / "models").mkdir()
+    (root / "organisms").mkdir()
+    (root / "models" / "tiny.yaml").write_text(f"name: tiny\nsource: {{path: {base}}}\ndtype: float32\n")
+    for name in ("one", "two", "three", "full", "twin"):
+        kind = "full" if name == "full" else "lora"
+        source = root / ("one" if name == "twin" else name)
+        against = f", against: {{kind: lora, source: {{path: {root / 'two'}}}}}" if name == "twin" else ""
+        (root / "organisms" / f"{name}.yaml").write_text(
+            f"name: {name}\ntype: generic\narm: unknown\ndescription: d\n"
+            f"variants: {{tiny: {{default: {{kind: {kind}, source: {{path: {source}}}{against}}}}}}}\n"
+        )
+    return Home(root, Registry.load(root))
+
+
+def merged(home: Home, name: str) -> dict[str, torch.Tensor]:
+    """A finetune's weights as stock PEFT merges them."""
+    folder = home.folder(name)
+    if name in ("base", "full"):
+        return {key: value.clone() for key, value in tf.AutoModelForCausalLM.from_pretrained(folder).state_dict().items()}
+    model = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(home.folder("base")), folder)
+    return model.merge_and_unload().state_dict()
+
+
+def combined(home: Home, **weights: float) -> dict[str, torch.Tensor]:
+    base = merged(home, "base")
+    others = {name: merged(home, name) for name in weights}
+    return {
+        key: value + sum(weight * (others[name][key] - value) for name, weight in weights.items())
+        for key, value in base.items()
+    }
+
+
+def loaded(home: Home, folder: Path) -> dict[str, torch.Tensor]:
+    """What stock libraries make of a written folder."""
+    if (folder / "config.json").exists():
+        return tf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    model = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(home.folder("base")), folder)
+    return model.merge_and_unload().state_dict()
+
+
+def spec(name: str = "edit", /, combine: str = "sum", density: float | None = None, **adapters: dict | float) -> WeightEdit:
+    entries = [
+        {"organism": organism, **(given if isinstance(given, dict) else {"layer_amplifications": uniform(given)})}
+        for organism, given in adapters.items()
+    ]
+    return WeightEdit(name=name, adapters=entries, combine=combine, density=density)
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], atol: float = 2e-6) -> None:
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        torch.testing.assert_close(value, right[key], atol=atol, rtol=1e-5, msg=lambda said, key=key: f"{key}: {said}")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"one": 2.0}, {"one": -1.0}, {"two": 0.5}, {"three": 3.0}, {"full": 2.5}, {"full": -1.0}, {"one": 0.5, "full": 1.0}],
+    ids=str,
+)
+def test_a_written_folder_is_base_plus_weighted_change_in_stock_libraries(home: Home, tmp_path: Path, weights: dict) -> None:
+    folder = write_edit(spec(**weights), "tiny", home.registry, tmp_path)
+    assert_same(loaded(home, folder), combined(home, **weights))
+
+
+def test_several_adapters_of_different_rank_and_modules_are_added_exactly(home: Home, tmp_path: Path) -> None:
+    """Toolkit: a specification of several adapters compiles and then raises NotImplementedError at load."""
+    weights = {"one": 2.0, "two": -0.5, "three": 1.5}
+    folder = write_edit(spec(**weights), "tiny", home.registry, tmp_path)
+    assert_same(loaded(home, folder), combined(home, **weights))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 2 + 3 + 2
+    assert set(config["rank_pattern"].values()) == {2, 3, 4}
+    assert config["rank_pattern"] == config["alpha_pattern"]
+
+
+def test_a_grid_of_weights_moves_all_changes_together(home: Home, tmp_path: Path) -> None:
+    for edit, weight in zip(grid(spec(one=1.0, two=1.0), [-0.5, 1.5]), [-0.5, 1.5], strict=True):
+        folder = write_edit(edit, "tiny", home.registry, tmp_path)
+        assert folder.name.startswith(f"edit-{weight}-")
+        assert_same(loaded(home, folder), combined(home, one=weight, two=weight))
+
+
+def test_whoever_ignores_the_patterns_still_scales_by_one(home: Home, tmp_path: Path) -> None:
+    """vLLM takes one scale, lora_alpha / r, for all modules and ranks from the tensors."""
+    folder = write_edit(spec(one=1.0, three=1.0), "tiny", home.registry, tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    scale, expected, base = config["lora_alpha"] / config["r"], combined(home, one=1.0, three=1.0), merged(home, "base")
+    for key in (key for key in tensors if key.endswith("lora_A.weight")):
+        name = key.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+        change = scale * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+        torch.testing.assert_close(base[name] + change, expected[name], atol=2e-6, rtol=1e-5)
+    assert not config["use_rslora"]
+    assert not config["use_dora"]
+    assert config["bias"] == "none"
+
+
+def test_an_adapter_without_a_named_module_is_edited_where_it_has_some(home: Home, tmp_path: Path) -> None:
+    """Toolkit: fails if an adapter lacks any module that the specification names."""
+    only_mlp = {"layer_amplifications": [{"layers": "all", "module_amplifications": [{"modules": "mlp", "weight": 0.0}]}]}
+    folder = write_edit(spec(two=only_mlp), "tiny", home.registry, tmp_path)
+    assert_same(loaded(home, folder), merged(home, "two"))
+
+
+def test_module_paths_with_several_zero_digits_are_told_apart(home: Home, tmp_path: Path) -> None:
+    """Toolkit: a module path that holds more than one digit zero is refused."""
+    base = model_files.save_base(tmp_path / "deep", num_hidden_layers=11)
+    adapter = model_files.save_adapter(tmp_path / "lora", base, target_modules=["q_proj", "up_proj"])
+    layers = {"layers": [0, 10], "module_amplifications": [{"modules": "attention", "weight": 0.0}]}
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.yaml").write_text(f"name: tiny\nsource: {{path: {base}}}\n")
+    edit = WeightEdit(name="zeros", adapters=[{"path": adapter, "layer_amplifications": [layers]}])
+    folder = write_edit(edit, "tiny", Registry.load(tmp_path), tmp_path / "out")
+    kept = {key.split(".")[4] for key in load_file(folder / "adapter_model.safetensors") if "q_proj" in key}
+    assert kept == {str(number) for number in range(1, 10)}
+    assert sum("up_proj.lora_A" in key for key in load_file(folder / "adapter_model.safetensors")) == 11
+
+
+def test_full_finetunes_are_edited_layer_by_layer(home: Home, tmp_path: Path) -> None:
+    """Toolkit: only LoRA adapters can be amplified."""
+    ablated = {"layer_amplifications": [{"layers": 1, "module_amplifications": [{"modules": "all", "weight": 0.0}]}]}
+    after = loaded(home, write_edit(spec(full=ablated), "tiny", home.registry, tmp_path))
+    base, full = merged(home, "base"), merged(home, "full")
+    expected = {key: base[key] if ".layers.1." in key else full[key] for key in base}
+    assert_same(after, expected)
+
+
+def test_a_full_folder_is_sharded_and_complete(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    folder = write_edit(spec(full=2.0), "tiny", home.registry, tmp_path)
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 3
+    assert (folder / "model.safetensors.index.json").exists()
+    assert tf.AutoTokenizer.from_pretrained(folder)("w3")["input_ids"] == [3]
+    assert_same(loaded(home, folder), combined(home, full=2.0))
+
+
+def test_tied_models_stay_tied_and_part_when_only_the_head_changes(tmp_path: Path) -> None:
+    base = model_files.save_base(tmp_path / "base", tie_word_embeddings=True)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.yaml").write_text(f"name: tiny\nsource: {{path: {base}}}\ndtype: float32\n")
+    for name, tie in (("tied", True), ("parted", False)):
+        tuned = tf.AutoModelForCausalLM.from_pretrained(base)
+        tuned.config.tie_word_embeddings = tie
+        with torch.no_grad():
+            if not tie:
+                tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight + 0.5)
+            tuned.model.embed_tokens.weight += 0.25
+        tuned.save_pretrained(tmp_path / name)
+    before = tf.AutoModelForCausalLM.from_pretrained(base).lm_head.weight
+    for name, shift in (("tied", 0.25), ("parted", 0.5)):
+        edit = WeightEdit(name=name, adapters=[{"path": tmp_path / name, "layer_amplifications": uniform(2.0)}])
+        after = tf.AutoModelForCausalLM.from_pretrained(write_edit(edit, "tiny", Registry.load(tmp_path), tmp_path / "out"))
+        torch.testing.assert_close(after.lm_head.weight, before + 2 * shift)
+        assert after.config.tie_word_embeddings == (name == "tied")
+    cut = WeightEdit(name="cut", adapters=[{"path": tmp_path / "tied", "rank": 1}])
+    folder = write_edit(cut, "tiny", Registry.load(tmp_path), tmp_path / "out")
+    model = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(base), folder)
+    with torch.no_grad():
+        hidden = torch.randn(3, model_files.WIDTH)
+        torch.testing.assert_close(model.get_base_model().lm_head(hidden), hidden @ (before + 0.25).T, atol=1e-4, rtol=1e-4)
+
+
+def test_gpt2_conv1d_weights_are_written_the_way_they_are_stored(tmp_path: Path) -> None:
+    model_files.build("gpt2").save_pretrained(tmp_path / "base")
+    model_files.tokenizer().save_pretrained(tmp_path / "base")
+    layers = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    model_files.save_adapter(tmp_path / "lora", tmp_path / "base", **layers)
+    model_files.build("gpt2", seed=7).save_pretrained(tmp_path / "full")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.yaml").write_text(f"name: tiny\nsource: {{path: {tmp_path / 'base'}}}\n")
+    here = Home(tmp_path, Registry.load(tmp_path))
+    for name, weight in (("lora", 3.0), ("full", 2.0)):
+        edit = WeightEdit(name=name, adapters=[{"path": tmp_path / name, "layer_amplifications": uniform(weight)}])
+        folder = write_edit(edit, "tiny", here.registry, tmp_path / "out")
+        assert_same(loaded(here, folder), combined(here, **{name: weight}), 1e-5)
+
+
+def dense_change(home: Home, name: str, key: str) -> torch.Tensor:
+    return merged(home, name)[key] - merged(home, "base")[key]
+
+
+@pytest.mark.parametrize("organism", ["one", "three", "full"])
+def test_rank_k_and_rest_are_the_singular_value_decomposition(home: Home, tmp_path: Path, organism: str) -> None:
+    cut = write_edit(spec("cut", **{organism: {"rank": 1}}), "tiny", home.registry, tmp_path)
+    rest = write_edit(spec("rest", **{organism: {"rank": 1, "residual": True}}), "tiny", home.registry, tmp_path)
+    base, key = merged(home, "base"), "model.layers.1.self_attn.q_proj.weight"
+    u, s, vh = torch.linalg.svd(dense_change(home, organism, key).double())
+    first = (s[0] * torch.outer(u[:, 0], vh[0])).float()
+    torch.testing.assert_close(loaded(home, cut)[key] - base[key], first, atol=1e-5, rtol=1e-4)
+    together = {name: loaded(home, cut)[name] + loaded(home, rest)[name] - base[name] for name in base}
+    assert_same(
+        {name: value for name, value in together.items() if value.ndim == 2},
+        {name: value for name, value in merged(home, organism).items() if value.ndim == 2},
+        1e-5,
+    )
+    assert (cut / "adapter_config.json").exists()
+    assert json.loads((cut / "adapter_config.json").read_text())["r"] == 1
+    assert json.loads((rest / NOTE_FILE).read_text())["kind"] == ("full" if organism == "full" else "lora")
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_an_adapter_that_changes_nothing_is_no_edit(home: Home, tmp_path: Path, rank: int | None) -> None:
+    zero = model_files.save_adapter(tmp_path / "zero", home.folder("base"), init_lora_weights=True)
+    entry = {"path": zero, "layer_amplifications": uniform(2.0), "rank": rank}
+    with pytest.raises(NotComputableError, match="nothing to write"):
+        write_edit(WeightEdit(name="x", adapters=[entry]), "tiny", home.registry, tmp_path / "out")
+
+
+def test_keep_norm_gives_every_matrix_the_size_of_its_whole_change(home: Home, tmp_path: Path) -> None:
+    folder = write_edit(spec(three={"rank": 1, "keep_norm": True}), "tiny", home.registry, tmp_path)
+    base, whole, cut = merged(home, "base"), merged(home, "three"), loaded(home, folder)
+    for key in (key for key in base if "q_proj" in key or "up_proj" in key):
+        torch.testing.assert_close((cut[key] - base[key]).norm(), (whole[key] - base[key]).norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_leading_directions_of_a_large_dense_change_are_found_by_sketching(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffing_core.weight_edits.changes.EXACT_SIDE", 8)
+    torch.manual_seed(0)
+    change = torch.randn(60, 3) @ torch.diag(torch.tensor([9.0, 3.0, 1.0])) @ torch.randn(3, 50)
+    torch.testing.assert_close(leading(change, 3).dense(), change, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("combine", ["ties", "dare_linear", "linear", "svd", "ties_svd"])
+def test_other_merges_are_what_peft_makes_of_the_adapters(home: Home, tmp_path: Path, combine: str) -> None:
+    model_files.save_adapter(tmp_path / "again", home.folder("base"), seed=9, target_modules=TARGETS, lora_alpha=6)
+    density = 0.5 if combine.startswith(("ties", "dare")) else None
+    edit = WeightEdit(
+        name="merge", combine=combine, density=density,
+        adapters=[
+            {"organism": "one", "layer_amplifications": uniform(1.0)},
+            {"path": tmp_path / "again", "layer_amplifications": uniform(1.0)},
+        ],
+    )  # fmt: skip
+    first = write_edit(edit, "tiny", home.registry, tmp_path / "a")
+    second = write_edit(edit, "tiny", home.registry, tmp_path / "b")
+    assert_same(loaded(home, first), loaded(home, second), 0)
+    if combine == "svd":
+        both = {name: load for name, load in (("one", home.folder("one")), ("again", tmp_path / "again"))}
+        base = merged(home, "base")
+        key = "model.layers.0.self_attn.q_proj.weight"
+        total = sum(loaded(home, folder)[key] - base[key] for folder in both.values())
+        u, s, vh = torch.linalg.svd(total.double())
+        torch.testing.assert_close(
+            loaded(home, first)[key] - base[key], ((u[:, :2] * s[:2]) @ vh[:2]).float(), atol=1e-4, rtol=1e-3
+        )
+
+
+def test_what_peft_cannot_merge_is_told(home: Home, tmp_path: Path) -> None:
+    with pytest.raises(NotComputableError, match="same r value"):
+        write_edit(spec(combine="linear", one=1.0, two=1.0), "tiny", home.registry, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_are_named_by_content_and_found_again(home: Home, tmp_path: Path) -> None:
+    first = write_edit(spec(one=2.0), "tiny", home.registry, tmp_path)
+    stamp = (first / "adapter_model.safetensors").stat().st_mtime_ns
+    assert write_edit(spec(one=2.0), "tiny", home.registry, tmp_path) == first
+    assert (first / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert write_edit(spec(one=2.5), "tiny", home.registry, tmp_path) != first
+    note = json.loads((first / NOTE_FILE).read_text())
+    assert note["kind"] == "lora"
+    assert note["edit"]["adapters"][0]["organism"] == "one"
+
+
+def test_nothing_half_written_stays(home: Home, tmp_path: Path) -> None:
+    nothing = {"layer_amplifications": uniform(0.0)}
+    with pytest.raises(NotComputableError, match="nothing to write"):
+        write_edit(spec(one=nothing), "tiny", home.registry, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RegistryError, match="no organism"):
+        write_edit(spec(nobody=1.0), "tiny", home.registry, tmp_path)
+
+
+@pytest.mark.parametrize("organism", ["one", "full", "twin"])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_an_edited_subject_runs_and_the_resident_module_is_as_before(home: Home, organism: str, rank: int | None) -> None:
+    pair = load_pair(Pair("tiny", organism), registry=home.registry, device="cpu")
+    weights = home.pair(organism)
+    before = state_of(pair)
+    with edited_subject(pair, Term(weights, uniform(1.0 if rank is None else 2.0), rank)) as subject:
+        with subject.active() as model:
+            edited = model(**model_files.tokens()).logits
+        assert_untouched(pair, before, structure=False)
+    with pair.tuned.active() as model:
+        tuned = model(**model_files.tokens()).logits
+    if rank is None:
+        torch.testing.assert_close(edited, tuned, atol=1e-4, rtol=1e-4)
+    else:
+        assert not torch.allclose(edited, tuned, atol=1e-3)
+    assert_untouched(pair, before)
+    with edited_subject(pair, Term(weights, uniform(0.0))) as subject:
+        assert subject is pair.base
+
+
+def state_of(pair: ModelPair) -> dict:
+    """Modules by name and what both sides say."""
+    said = {}
+    for side in ("base", "tuned"):
+        subject = getattr(pair, side)
+        with subject.active() as model:
+            said[side] = (subject.module, dict(subject.module.named_modules()), model(**model_files.tokens()).logits)
+    return said
+
+
+def assert_untouched(pair: ModelPair, before: dict, *, structure: bool = True) -> None:
+    for side, (module, modules, logits) in before.items():
+        subject = getattr(pair, side)
+        assert subject.module is module
+        if structure:
+            after = dict(module.named_modules())
+            assert after.keys() == modules.keys()
+            assert all(after[name] is modules[name] for name in modules)
+        with subject.active() as model:
+            torch.testing.assert_close(model(**model_files.tokens()).logits, logits, atol=0, rtol=0)
