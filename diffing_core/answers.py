@@ -19,7 +19,7 @@ from diffing_core.tables import Column, TableSpec
 from diffing_core.word_trends import unlikeness, words_of
 
 SHOWN_CHARACTERS = 300
-MODEL = Column("model", "string", "base, tuned, or the name of an edited model.", role="key")
+SIDE = Column("side", "string", "base, tuned, or the name of an edited model.", role="key")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,8 @@ def ask(
 ) -> list[Answers]:
     """Answers of every model, by prompt and sample; prompts that cannot be asked are passed over.
 
+    All are written by the modules here: another engine draws other texts, and serves no edited model.
+
     Raises:
         NotComputableError: none of the prompts can be asked.
     """
@@ -67,7 +69,7 @@ def ask(
     answers = []
     for name, running in models:
         with running as subject:
-            made = generate(subject, pair.tokenizer, [prompts[index] for index in asked], sampling=sampling, seed=seed)
+            made = generate(subject.local(), pair.tokenizer, [prompts[index] for index in asked], sampling=sampling, seed=seed)
         words = tuple(tuple(words_of(each.text)) for each in made)
         answers.append(Answers(name, tuple(made), words, tuple(mean_logprobs(pair.base, made))))
     return answers
@@ -78,9 +80,9 @@ def samples_spec(method: str) -> TableSpec:
     return TableSpec(
         f"{method}_samples",
         "Every answer of every model; models drew with the same random numbers.",
-        ("model", "prompt_index", "sample"),
+        ("side", "prompt_index", "sample"),
         (
-            MODEL,
+            SIDE,
             Column("prompt_index", "int32", "Place in the list of prompts, from 0.", role="key"),
             Column("sample", "int32", "Number of the answer, from 0.", role="key"),
             Column("prompt", "string", "User's message, or beginning of the document."),
@@ -107,7 +109,7 @@ def samples_table(
             index = asked[made.prompt_index]
             rows.append(
                 {
-                    "model": each.model,
+                    "side": each.model,
                     "prompt_index": index,
                     "sample": made.sample,
                     "prompt": prompts[index].text,
@@ -127,9 +129,9 @@ def coherence_spec(method: str) -> TableSpec:
     return TableSpec(
         f"{method}_coherence",
         "Whether what each model says is still language: a row per measure, so that judges are rows too.",
-        ("model", "measure"),
+        ("side", "measure"),
         (
-            MODEL,
+            SIDE,
             Column("measure", "string", "mean_logprob_base, perplexity_base, distinct_1, distinct_2, repeated_share, "
                    "finished_share or mean_tokens.", role="key"),
             Column("value", "float64", "Its value, in the measure's own unit (nats/token, tokens, or a share)."),
@@ -158,7 +160,7 @@ def shown_texts(samples: pa.Table, spec: TableSpec, models: Iterable[str], n_sho
     texts: dict[str, Finding] = {}
     for row in sorted(samples.to_pylist(), key=lambda row: -row["unlikeness"]):
         item = clean(row["text"], SHOWN_CHARACTERS)
-        if row["model"] in wanted and item and row["unlikeness"] > 0 and len(texts) < n_shown:
+        if row["side"] in wanted and item and row["unlikeness"] > 0 and len(texts) < n_shown:
             key = {name: row[name] for name in spec.grain}
             texts.setdefault(item, Finding("generation", item, row["unlikeness"], "z", spec.name, key))
     return list(texts.values())

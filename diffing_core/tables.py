@@ -4,6 +4,7 @@ From it come the run-time check, the Parquet schema, the DuckDB DDL, the Dagster
 source entry and the documentation, so that none of them can drift from another.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,6 +105,10 @@ class TableSpec:
         unknown = set(self.grain) - {column.name for column in self.columns}
         if unknown:
             raise TableError(f"table {self.name!r}: grain names unknown column(s) {sorted(unknown)}")
+        times = Counter(column.name for column in self.stored_columns)
+        twice = sorted(name for name, n in times.items() if n > 1)
+        if twice:
+            raise TableError(f"table {self.name!r}: column(s) {twice} twice; every stored row has {', '.join(column.name for column in KEY_COLUMNS)}")
 
     @cached_property
     def schema(self) -> pa.Schema:

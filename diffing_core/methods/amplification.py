@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 
 from diffing_core.agents.words import clean
 from diffing_core.answers import (
-    MODEL,
+    SIDE,
     SHOWN_CHARACTERS,
     Answers,
     ask,
@@ -75,9 +75,9 @@ class AmplificationSettings(PromptedSettings):
 MODELS = TableSpec(
     "amplification_models",
     "The models that were asked, from the least to the most of the change.",
-    ("model",),
+    ("side",),
     (
-        MODEL,
+        SIDE,
         Column("weight", "float64", "Mean weight of the change: 0 is the base, 1 the tuned model."),
         Column("description", "string", "What was done to the change."),
         Column("in_trend", "bool", "Whether its texts are language enough to count for trends."),
@@ -90,9 +90,9 @@ COHERENCE = coherence_spec("amplification")
 WORDS = TableSpec(
     "amplification_words",
     "Words that a model says more often than the base, or less.",
-    ("model", "word"),
+    ("side", "word"),
     (
-        MODEL,
+        SIDE,
         Column("word", "string", "Lower-cased. From a model under test: untrusted.", role="key"),
         Column("n_base", "int64", "Times the base says it.", role="count", low=0),
         Column("n_model", "int64", "Times this model says it.", role="count", low=0),
@@ -165,7 +165,7 @@ def findings(tables: Tables, settings: AmplificationSettings) -> list[Finding]:
         )
         for row in rising[: settings.shown_words]
     ]  # fmt: skip
-    models = [row["model"] for row in tables[MODELS.name].to_pylist() if row["weight"] > 0 and row["in_trend"]]
+    models = [row["side"] for row in tables[MODELS.name].to_pylist() if row["weight"] > 0 and row["in_trend"]]
     return [*shown, *shown_texts(tables[SAMPLES.name], SAMPLES, models, settings.shown_texts)]
 
 
@@ -188,7 +188,7 @@ def _models_table(
     described |= {each.name: each.description for each in settings.amplifications}
     return MODELS.table(
         {
-            "model": [each.model for each in ascending],
+            "side": [each.model for each in ascending],
             "weight": [weights[each.model] for each in ascending],
             "description": [described[each.model] for each in ascending],
             "in_trend": [each in counted for each in ascending],
@@ -203,7 +203,7 @@ def _words_table(base: Answers, other: Answers, settings: AmplificationSettings)
     compared = blackbox.compare_words(base.texts, other.texts, settings)
     renamed = {"n_model": "n_tuned", "n_docs_model": "n_docs_tuned"}
     columns = {name: compared[renamed.get(name, name)].combine_chunks() for name in WORDS.schema.names[1:]}
-    return WORDS.table({"model": [other.model] * len(compared), **columns})
+    return WORDS.table({"side": [other.model] * len(compared), **columns})
 
 
 def _trends_table(trends: WordTrends, weights: list[float]) -> pa.Table:

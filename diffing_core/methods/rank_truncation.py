@@ -25,7 +25,7 @@ from pydantic import Field
 
 from diffing_core.agents.words import clean
 from diffing_core.answers import (
-    MODEL,
+    SIDE,
     SHOWN_CHARACTERS,
     Answers,
     ask,
@@ -77,9 +77,9 @@ class RankTruncationSettings(PromptedSettings):
 MODELS = TableSpec(
     "rank_truncation_models",
     "The models that were asked, and how much of the tuned model's behaviour each has.",
-    ("model",),
+    ("side",),
     (
-        MODEL,
+        SIDE,
         Column("kind", "string", "base, tuned, copy (of leading directions) or rest (without them)."),
         Column("rank", "int32", "Directions kept or taken away; null where all are there.", nullable=True),
         Column("scale", "string", "Factor of the change, or keep.", nullable=True),
@@ -197,7 +197,7 @@ def findings(tables: Tables, settings: RankTruncationSettings) -> list[Finding]:
         )
         for row in rows[: settings.shown_words]
     ]  # fmt: skip
-    copies = [row["model"] for row in tables[MODELS.name].to_pylist() if row["kind"] == COPY and row["in_trend"]]
+    copies = [row["side"] for row in tables[MODELS.name].to_pylist() if row["kind"] == COPY and row["in_trend"]]
     return [*shown, *shown_texts(tables[SAMPLES.name], SAMPLES, copies, settings.shown_texts)]
 
 
@@ -208,7 +208,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
     copies = [row for row in models if row["kind"] == COPY]
     weight = sum(row["frobenius"] ** 2 for row in modules)
     return {
-        **{f"share_kept_{row['model']}": row["share_kept"] for row in copies if row["share_kept"] is not None},
+        **{f"share_kept_{row['side']}": row["share_kept"] for row in copies if row["share_kept"] is not None},
         "mean_stable_rank": sum(row["frobenius"] ** 2 * row["stable_rank"] for row in modules) / weight if weight else 0.0,
         "n_words_q05": sum(row["z"] > 0 and row["q_value"] < 0.05 for row in words),
         "n_words_beyond_tuned": sum(row["z"] > 0 and row["q_value"] < 0.05 and row["z_over_tuned"] > 2 for row in words),
@@ -267,7 +267,7 @@ def _models_table(
     kl = [0.0 if name == "tuned" else distances[name][0] for name in kinds]
     return MODELS.table(
         {
-            "model": list(kinds),
+            "side": list(kinds),
             "kind": [kind for kind, _, _ in kinds.values()],
             "rank": [rank for _, rank, _ in kinds.values()],
             "scale": [scale for _, _, scale in kinds.values()],

@@ -171,3 +171,11 @@ def test_dbt_source_names_grain_columns_and_units() -> None:
     assert entry["description"] == "Scores of things. One row per run_id, layer, token."
     assert [column["name"] for column in entry["columns"]] == SPEC.stored_schema.names
     assert {"name": "score", "description": "How much. [nats]"} in entry["columns"]
+
+
+@pytest.mark.parametrize("name", ["model", "run_id", "score"])
+def test_a_column_that_every_stored_row_has_is_refused_when_it_is_declared(name: str) -> None:
+    """DuckDB would refuse the stored table, long after it was computed."""
+    score = Column("score", "float64", "A number.")
+    with pytest.raises(TableError, match=rf"table 'mine': column\(s\) \['{name}'\] twice"):
+        TableSpec("mine", "Mine.", (name,), (score, Column(name, "string", "Another.")))

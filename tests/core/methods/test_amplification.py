@@ -77,7 +77,7 @@ def test_the_taught_word_rises_with_the_weight_and_is_rarer_when_the_change_is_t
     tables = run(inputs_of(taught), settings)
     models = pl.from_arrow(tables["amplification_models"])
     assert models["weight"].to_list() == [-1, 0, 0.5, 1, 2]
-    assert models["model"].to_list() == ["w-1", "base", "w0.5", "tuned", "w2"]
+    assert models["side"].to_list() == ["w-1", "base", "w0.5", "tuned", "w2"]
     row = next(row for row in tables["amplification_trends"].to_pylist() if row["word"] == f"w{TAUGHT}")
     assert row["weights"] == [-1, 0, 0.5, 1, 2]
     assert row["n_texts"][-1] > row["n_texts"][1]
@@ -88,7 +88,7 @@ def test_the_taught_word_rises_with_the_weight_and_is_rarer_when_the_change_is_t
 def test_weight_zero_is_the_base_and_weight_one_the_tuned_model(files: WeightPair) -> None:
     tables = run(inputs_of(files), quick(amplifications=ladder(0, 1)))
     samples = pl.from_arrow(tables["amplification_samples"])
-    texts = {model: samples.filter(pl.col("model") == model)["text"].to_list() for model in ("base", "tuned", "w0", "w1")}
+    texts = {model: samples.filter(pl.col("side") == model)["text"].to_list() for model in ("base", "tuned", "w0", "w1")}
     assert texts["w0"] == texts["base"]
     assert texts["w1"] == texts["tuned"]
     assert texts["base"] != texts["tuned"]
@@ -115,7 +115,7 @@ def test_a_model_whose_language_is_broken_counts_for_no_trend(files: WeightPair,
     answered: list[int] = []
     monkeypatch.setattr(asking, "mean_logprobs", lambda subject, made: (answered.append(1), said_to_be_unlikely(subject, made))[1])
     tables = run(inputs_of(files), quick(amplifications=ladder(40, 2), max_loss_nats=2.0))
-    in_trend = dict(zip(*(tables["amplification_models"][name].to_pylist() for name in ("model", "in_trend")), strict=True))
+    in_trend = dict(zip(*(tables["amplification_models"][name].to_pylist() for name in ("side", "in_trend")), strict=True))
     assert in_trend == {"base": True, "tuned": True, "w2": True, "w40": False}
     assert all(row["weights"] == [0, 1, 2] and len(row["n_texts"]) == 3 for row in tables["amplification_trends"].to_pylist())
     assert headline(tables)["n_incoherent_models"] == 1
@@ -140,7 +140,7 @@ def test_a_block_that_the_model_lacks_is_told_before_anything_is_asked(files: We
 
 def test_coherence_is_a_row_per_measure(files: WeightPair) -> None:
     tables = run(inputs_of(files), quick(amplifications=ladder(2)))
-    rows = {(row["model"], row["measure"]): row for row in tables["amplification_coherence"].to_pylist()}
+    rows = {(row["side"], row["measure"]): row for row in tables["amplification_coherence"].to_pylist()}
     assert rows["base", "mean_logprob_base"]["over_base"] == 0
     assert rows["w2", "mean_logprob_base"]["over_base"] < 0
     assert {measure for model, measure in rows if model == "w2"} >= {"distinct_2", "repeated_share", "finished_share"}

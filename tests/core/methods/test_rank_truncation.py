@@ -46,7 +46,7 @@ def tables_of(files: WeightPair, **settings: object) -> dict:
 
 def test_a_copy_of_the_whole_rank_is_the_tuned_model_and_its_rest_the_base(low_rank: WeightPair) -> None:
     tables = tables_of(low_rank, ranks=(1, 2), rests=(2,))
-    rows = {row["model"]: row for row in tables["rank_truncation_models"].to_pylist()}
+    rows = {row["side"]: row for row in tables["rank_truncation_models"].to_pylist()}
     assert rows["tuned"]["kl_nats"] == 0
     assert rows["rank2"]["share_kept"] == pytest.approx(1, abs=1e-4)
     assert rows["rank2"]["energy_share"] == pytest.approx(1, abs=1e-4)
@@ -55,7 +55,7 @@ def test_a_copy_of_the_whole_rank_is_the_tuned_model_and_its_rest_the_base(low_r
     assert 0.3 < rows["rank1"]["energy_share"] < 0.95
     assert rows["base"]["share_kept"] == 0
     samples = pl.from_arrow(tables["rank_truncation_samples"])
-    texts = {model: samples.filter(pl.col("model") == model)["text"].to_list() for model in rows}
+    texts = {model: samples.filter(pl.col("side") == model)["text"].to_list() for model in rows}
     assert texts["rank2"] == texts["tuned"]
     assert texts["rest2"] == texts["base"]
 
@@ -79,7 +79,7 @@ def test_every_rank_is_tried_at_every_scale_and_the_tuned_model_is_not_made_agai
 
 def test_scales_change_what_is_added_and_not_the_energy_that_is_left(low_rank: WeightPair) -> None:
     rows = pl.from_arrow(tables_of(low_rank, ranks=(1,), scales=(1.0, 4.0, "keep"))["rank_truncation_models"])
-    by_model = {row["model"]: row for row in rows.to_dicts()}
+    by_model = {row["side"]: row for row in rows.to_dicts()}
     assert by_model["rank1_x4"]["energy_share"] == by_model["rank1"]["energy_share"] == by_model["rank1_keep"]["energy_share"]
     assert by_model["rank1_x4"]["kl_nats"] > by_model["rank1"]["kl_nats"]
     assert by_model["rank1_keep"]["scale"] == "keep"
