@@ -69,7 +69,8 @@ def ask(
     answers = []
     for name, running in models:
         with running as subject:
-            made = generate(subject.local(), pair.tokenizer, [prompts[index] for index in asked], sampling=sampling, seed=seed)
+            here = subject.local() if subject.served else subject
+            made = generate(here, pair.tokenizer, [prompts[index] for index in asked], sampling=sampling, seed=seed)
         words = tuple(tuple(words_of(each.text)) for each in made)
         answers.append(Answers(name, tuple(made), words, tuple(mean_logprobs(pair.base, made))))
     return answers

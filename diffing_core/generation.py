@@ -22,7 +22,7 @@ Shapes: B samples, T positions, V vocabulary. Prompts are padded on the left.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -126,7 +126,7 @@ def generate(
     seed: int,
     batch_size: int = BATCH_SIZE,
 ) -> list[Generation]:
-    """Answers of the subject, by prompt and within it by sample.
+    """Answers of the subject, by prompt and within it by sample; what it has written already is not written again.
 
     Raises:
         NotComputableError: a chat prompt without a chat template, or that the template refuses, or an empty document
@@ -137,14 +137,18 @@ def generate(
     rows = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.n)]
     asked = [(ids[index], entropy_of_sample(prompts[index], sample, seed)) for index, sample in rows]
     stops = stop_ids(tokenizer, subject)
-    with track(len(rows), "samples", "generating") as advance:
+    keys = [(tuple(prompt), entropy, replace(sampling, n=1), tuple(stops)) for prompt, entropy in asked]
+    new = [row for row, key in enumerate(keys) if key not in subject.written]
+    with track(len(new), "samples", "generating") as advance:
+        due = [asked[row] for row in new]
         if subject.served is None:
-            answers = _answers(subject, asked, sampling, stops, pad_id(tokenizer, stops), batch_size, advance)
+            answers = _answers(subject, due, sampling, stops, pad_id(tokenizer, stops), batch_size, advance)
         else:
-            answers = serving.answers(subject, asked, sampling, stops, advance)
+            answers = serving.answers(subject, due, sampling, stops, advance)
+    subject.written.update({keys[row]: answer for row, answer in zip(new, answers, strict=True)})
     return [
-        _generation(index, sample, ids[index], answer, stops, tokenizer)
-        for (index, sample), answer in zip(rows, answers, strict=True)
+        _generation(index, sample, ids[index], subject.written[key], stops, tokenizer)
+        for (index, sample), key in zip(rows, keys, strict=True)
     ]
 
 

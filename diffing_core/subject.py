@@ -53,8 +53,13 @@ class Subject:
         return switched(self.module, self.adapter)
 
     def local(self) -> "Subject":
-        """The same, but its texts are written by the module here: for who hooks it or edits its weights."""
+        """The same, but all its texts are written anew by the module here: for who hooks it or edits its weights."""
         return replace(self, served=None)
+
+    @functools.cached_property
+    def written(self) -> dict[Any, list[int]]:
+        """Answers as token ids, by what was asked and how: a base writes once for all its finetunes and methods."""
+        return {}
 
     @property
     def plain(self) -> "PreTrainedModel":

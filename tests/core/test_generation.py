@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
+from diffing_core import generation
 from diffing_core.adapters import add_adapter
 from diffing_core.demo.models import new_model
 from diffing_core.demo.tiers import ModelSize
@@ -48,7 +49,7 @@ def random_model(tokenizer, seed=0):
 
 
 def texts(subject, tokenizer, prompts=PROMPTS, sampling=DRAWN, seed=0, **options):
-    return [each.text for each in generate(subject, tokenizer, prompts, sampling=sampling, seed=seed, **options)]
+    return [each.text for each in generate(subject.local(), tokenizer, prompts, sampling=sampling, seed=seed, **options)]
 
 
 def test_answers_come_by_prompt_and_sample(subject, tokenizer):
@@ -253,3 +254,21 @@ def _prefer(model, token):
         model.lm_head.weight.zero_()
         model.lm_head.bias.zero_()
         model.lm_head.bias[token] = 1.0
+
+
+
+def test_a_model_writes_the_same_answer_once(subject, tokenizer, monkeypatch):
+    """All finetunes and methods of a base ask it the same prompts; fewer samples are among those of more."""
+    side, asked = subject.local(), []
+    write = generation._answers
+    monkeypatch.setattr(generation, "_answers", lambda *given: asked.append(len(given[1])) or write(*given))
+
+    def said(n, seed=0, side=side, **how):
+        return generate(side, tokenizer, PROMPTS[:2], sampling=Sampling(n=n, max_new_tokens=5, **how), seed=seed)
+
+    three, two = said(3), said(2)
+    assert two == [each for each in three if each.sample < 2]
+    said(3, seed=1)
+    said(1, temperature=0.5)
+    said(1, side=side.local())
+    assert asked == [6, 0, 6, 2, 2]

@@ -62,7 +62,8 @@ class Planted:
 
     def run(self, method: Method, base: str, tuned: str, probe: ProbeCorpus, store: Path, **options) -> MethodResult:
         """One method on two of the sides."""
-        pair = ModelPair(getattr(self, base), getattr(self, tuned), self.tokenizer, Pair("m", "o"), model_files.VOCAB)
+        sides = {name: getattr(self, name).local() for name in (base, tuned)}  # as newly loaded: nothing written yet
+        pair = ModelPair(sides[base], sides[tuned], self.tokenizer, Pair("m", "o"), model_files.VOCAB)
         if method.kind == "stream":
             [result] = paired_pass([pair], probe, [(method, method.settings())], store=store, **options)
         else:
