@@ -78,7 +78,7 @@ def family(n_tokens: int = 16384) -> list[Figure]:
     return [Figure("stream_family_over_two_forwards", ratio, "×", 1.10, "lower", parts)]
 
 
-def cohort_of_eight(n_tokens: int = 2048) -> list[Figure]:
+def cohort_of_eight(n_tokens: int = 1024) -> list[Figure]:
     """Eight adapters in one pass against eight passes of one adapter each: kl and norm_diff, all layers."""
     pairs = cohort(8, **LARGER)
     probe = corpus(n_tokens, vocabulary=VOCABULARY)
