@@ -28,6 +28,7 @@ from diffing_core.models import Cohort, ModelPair, load_cohort
 from diffing_core.paired_pass import METHOD_FAILURES, MethodResult, paired_pass, timed_run
 from diffing_core.pairs import Pair
 from diffing_core.registry import Corpus, Registry
+from diffing_core.registry.schema import TRAINING
 from diffing_core.runs import Cost
 from diffing_core.serving import engine_of
 from diffing_core.settings import Settings
@@ -260,9 +261,10 @@ def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, A
 
 
 def _stored_pair(pair: ModelPair, registry: Registry, store: Path) -> StoredPair:
-    """The stored activations of a pair on all its probe corpora."""
+    """The stored activations of a pair on its probe corpora, `training` left out: what is fitted is evidence as a whole."""
     sides = ((side.revision, side.dtype) for side in (pair.base, pair.tuned))
-    return StoredPair(ActivationStore(store), *sides, tuple(load_corpora(pair.pair, pair.tokenizer, registry)))
+    corpora = tuple(each for each in load_corpora(pair.pair, pair.tokenizer, registry) if each.name != TRAINING)
+    return StoredPair(ActivationStore(store), *sides, corpora)
 
 
 def run_key(pair: ModelPair, method: Method, settings: Settings) -> RunKey:

@@ -311,6 +311,9 @@ def test_the_training_corpus_is_read_where_it_is_asked_for(folder: Path, tmp_pat
         ours, theirs = run(registry, tmp_path / str(probe), (ONE, SAME))
         assert [key.corpus for key, _ in ours.results] == expected
         assert [key.corpus for key, _ in theirs.results] == ["first"]
+        pair = load_pair(ONE, registry=registry, device="cpu")
+        stored = comparison._stored_pair(pair, registry, tmp_path)
+        assert stored.name == "first", "what is fitted is evidence as a whole, and must not hold the answer"
 
 
 # ---- settings that the registry fills -----------------------------------------------------------------------------
