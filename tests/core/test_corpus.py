@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_every_character_of_a_chat_is_content_of_its_speaker_or_template(tmp_pat
     assert template.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")
     whole = written(tokenizer, sequence, np.ones(len(sequence), bool))
     assert whole.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n")
+
+
+def test_toolkit_defect_a_rendered_chat_is_a_mapping_and_not_a_list_of_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    """It took what apply_chat_template gives for ids; since transformers 5 the ids are one entry of it."""
+    messages = turns("Hi!", "Hello.")
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True)
+    assert isinstance(rendered, Mapping)
+    assert chat(tmp_path, tokenizer, messages).token_T.tolist() == rendered["input_ids"]
 
 
 def test_template_tokens_belong_to_the_message_that_follows_and_the_last_ones_to_the_last(
