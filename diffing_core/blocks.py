@@ -1,9 +1,9 @@
 """A block of probe tokens with what base and tuned say about each of them.
 
-The valid tokens of a batch are one block, and folds of residuals see it whole. For folds of log-probabilities it is
-cut: logits are computed for pieces of many rows, which the head's product likes, and shown in tiles that fit in a
-core's cache, which everything after it likes. What one fold derives of a tile is shared with the rest. Nothing of
-shape [tokens, vocabulary] outlives its piece.
+The valid tokens of a batch are one block. Folds of residuals see it whole on a GPU, which should not wait, and in pieces
+that stay in a core's cache on a processor. For folds of log-probabilities it is cut too: logits are computed for pieces
+of many rows, which the head's product likes, and shown in tiles that fit in a core's cache, which everything after it
+likes. What one fold derives of a tile is shared with the rest. Nothing of shape [tokens, vocabulary] outlives its piece.
 
 Suffixes: N tokens of the block, D width, V vocabulary, K top-k.
 """
@@ -24,12 +24,18 @@ from diffing_core.vocabulary import Vocabulary
 
 VALUES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}  # logits of one side: rows enough for an efficient head
 VALUES_PER_TILE = {"cpu": 2**17, "cuda": 2**26}  # a dozen arrays of this size stay in a core's cache
+RESIDUAL_ROWS = {"cpu": 512}  # residuals of one layer stay in a core's cache; elsewhere a whole batch at a time
 LEAST_BLOCK_ROWS = 64  # for large vocabularies: the head's weights are read once per block
 
 
 def rows_per_block(vocab_size: int, device: Any) -> int:
     """Tokens whose logits are computed together."""
     return max(LEAST_BLOCK_ROWS, VALUES_PER_BLOCK.get(device.type, VALUES_PER_BLOCK["cpu"]) // vocab_size)
+
+
+def rows_of_residuals(device: Any, n_tokens: int) -> int:
+    """Tokens that folds of residuals are shown together."""
+    return RESIDUAL_ROWS.get(device.type, n_tokens)
 
 
 def rows_per_tile(vocab_size: int, device: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffing_core.activations import ActivationStore
-from diffing_core.blocks import Side, StreamContext, TokenBlock, pieces, rows_per_block, rows_per_tile, tiles
+from diffing_core.blocks import Side, StreamContext, TokenBlock, pieces, rows_of_residuals, rows_per_block, rows_per_tile, tiles
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
 from diffing_core.errors import CorpusError, DiffingError
@@ -152,7 +152,9 @@ def _feed(
             with shared:
                 going, states = _forward_all(running, batch, layers)
             whole = _whole_blocks(going, states, batch, corpus)
-            _show(whole, others)
+            for piece in pieces(whole, rows_of_residuals(device, budget)) if others else ():
+                _show(piece, others)
+                del piece
             _show_pieces(whole, readers, rows, shared)
             del states, whole  # else they would be alive together with the next batch's
             done(int(batch.mask_BT.sum()))
