@@ -58,7 +58,10 @@ class Subject:
 
     @functools.cached_property
     def written(self) -> dict[Any, list[int]]:
-        """Answers as token ids, by what was asked and how: a base writes once for all its finetunes and methods."""
+        """Answers as token ids, by what was asked and how: a base writes once for all its finetunes and methods.
+
+        They are those of the module as it was: whoever changes it in place asks `local()`.
+        """
         return {}
 
     @property

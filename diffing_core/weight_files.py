@@ -172,7 +172,8 @@ class _Adapter:
     def scale(self, path: str, rank: int) -> float:
         """α/r, or α/√r with rsLoRA; the factors' own r, and α from the pattern that fits the module's path."""
         patterns = self.config.get("alpha_pattern") or {}
-        found = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
+        module = path.removeprefix("base_model.model.")  # PEFT matches names within the base, so `^model` fits
+        found = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
         alpha = next(found, self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 

@@ -19,7 +19,7 @@ from typing import Any
 from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.spectra import Factors, Spectrum, of_dense
-from diffing_core.tensor_names import EMBEDDINGS, Part, model_order
+from diffing_core.tensor_names import EMBEDDINGS, Part, model_order, place_of
 from diffing_core.weight_edits.specification import LayerAmplification, resolve
 from diffing_core.weight_files import OpenSide, WeightSide
 from diffing_core.weights import TensorDelta, WeightPair, weight_stream
@@ -74,8 +74,8 @@ def terms_on_registered_base(term: Term) -> tuple[Term, ...]:
 
 def n_layers(side: WeightSide) -> int:
     """Blocks of a model on disk."""
-    numbers = [model_order(name)[1] for name in OpenSide(side).checkpoint.names() if model_order(name)[0] == 1]
-    return 1 + max(numbers, default=-1)
+    numbers = [place_of(name)[0] for name in OpenSide(side).checkpoint.names()]
+    return 1 + max((number for number in numbers if number is not None), default=-1)
 
 
 def edited_tensors(terms: Sequence[Term]) -> Iterator[EditedTensor]:
@@ -129,17 +129,25 @@ def change_of(delta: TensorDelta) -> "Factors | Any":
 
 def _weighed(term: Term) -> Iterator[EditedTensor]:
     weights = resolve(term.amplifications, n_layers(term.pair.base))
-    tied = OpenSide(term.pair.base).checkpoint.tied and OpenSide(term.pair.tuned).checkpoint.tied
+    head_follows = _head_follows(term.pair)
     for delta in weight_stream(term.pair):
         weight = weights.of(delta.layer, delta.part)
         change = _cut(change_of(delta), term) if weight else None
         if change is None or _is_nothing(change):
             continue
         scaled = _scaled(change, weight)
-        heads_too = tied and delta.pair is not None and delta.name in EMBEDDINGS
+        heads_too = head_follows and delta.pair is not None and delta.name in EMBEDDINGS
         is_low_rank = isinstance(change, Factors)
         given = {"factors": scaled} if is_low_rank else {"change": scaled}
         yield EditedTensor(delta.name, delta.layer, delta.part, delta.flipped, heads_too=heads_too, **given)
+
+
+def _head_follows(pair: WeightPair) -> bool:
+    """Whether the head changes with the embedding: in a tied checkpoint, not with an adapter unless it says so."""
+    base, tuned = OpenSide(pair.base), OpenSide(pair.tuned)
+    own = pair.tuned.folder != pair.base.folder
+    tying = any(adapter.config.get("ensure_weight_tying") for adapter in tuned.adapters.values())
+    return base.checkpoint.tied and tuned.checkpoint.tied and (own or tying)
 
 
 def _is_nothing(change: "Factors | Any") -> bool:

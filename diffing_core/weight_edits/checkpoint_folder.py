@@ -59,7 +59,10 @@ def _added(base: OpenSide, edited: EditedTensor) -> Any:
     stored = base.place(edited.name).read()
     whole = base.dense(edited.name, flip=edited.flipped).clone()
     change = edited.dense()
-    whole[: len(change)] += change
+    if change.ndim:
+        whole[: len(change)] += change
+    else:
+        whole += change
     return (whole.T if edited.flipped else whole).to(stored.dtype).contiguous()
 
 

@@ -9,6 +9,7 @@ what it was made of.
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def write_edit(edit: WeightEdit, model: str, registry: Registry, parent: Path) -
             aside = Path(above) / target.name
             aside.mkdir()
             if edit.combine == "sum":
-                kind = write_terms(aside, terms)
+                kind = write_terms(aside, terms, from_source=True)
             else:
                 kind = "lora"
                 write_merged(aside, edit, terms)
@@ -63,14 +64,20 @@ def write_edit(edit: WeightEdit, model: str, registry: Registry, parent: Path) -
     return target
 
 
-def write_terms(folder: Path, terms: Sequence[Term], modules: AdaptableModules | None = None) -> str:
+def write_terms(
+    folder: Path, terms: Sequence[Term], modules: AdaptableModules | None = None, *, from_source: bool = False
+) -> str:
     """Writes base + Σ terms into an empty folder; returns `lora` or `full`, the registry's word for what it is.
+
+    `from_source`: an adapter is for the base's checkpoint alone, so the adapter that the registry adds to it is put in.
 
     Raises:
         NotComputableError: nothing changes, or bases differ.
     """
     base = registered_base(terms[0].pair)
-    if is_low_rank(terms):
+    own = _own_adapter(terms[0].pair, base) if from_source else ()
+    if is_low_rank((*own, *terms)):
+        terms = (*own, *terms)
         modules = modules or AdaptableModules.of_folder(base.folder, terms[0].pair.entry)
         write_adapter(folder, edited_tensors(terms), modules, base.folder)
         return "lora"
@@ -88,11 +95,18 @@ def side_revision(side: WeightSide) -> str:
     return "+".join(revision_of(folder) for folder in (side.folder, *side.adapters))
 
 
+def _own_adapter(pair: WeightPair, base: WeightSide) -> tuple[Term, ...]:
+    """What makes the registered base of its checkpoint, if anything does."""
+    return (Term(replace(pair, base=WeightSide(base.folder), tuned=base)),) if base.adapters else ()
+
+
 def _has_factors(term: Term) -> bool:
     if term.rank is not None and not term.residual:
         return True
     base, tuned = OpenSide(term.pair.base), OpenSide(term.pair.tuned)
-    return base.checkpoint.folder == tuned.checkpoint.folder and not base.saved and not tuned.saved
+    if base.checkpoint.folder != tuned.checkpoint.folder or base.saved or tuned.saved:
+        return False
+    return all(side.is_low_rank(name) for side in (base, tuned) for name in side.touched())
 
 
 def _term(adapter: AdapterEdit, model: str, registry: Registry) -> Term:

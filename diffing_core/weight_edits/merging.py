@@ -29,6 +29,11 @@ def write_merged(folder: Path, edit: WeightEdit, terms: Sequence[Term]) -> None:
     from peft import PeftModel
 
     base, entry = terms[0].pair.base.folder, terms[0].pair.entry
+    if entry.adapter:
+        raise NotComputableError(
+            f"{edit.name}: the registry adds an adapter to {entry.name}, which a merge by {edit.combine} would lack; "
+            "use combine: sum, or register the merged base"
+        )
     module = load_module(base, entry, "float32", "cpu", remote_code=entry.trust_remote_code)
     modules = AdaptableModules(module)
     with tempfile.TemporaryDirectory() as aside:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffing_core.errors import NotComputableError, RegistryError
 from diffing_core.models import ModelPair, load_pair
@@ -16,7 +16,7 @@ from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
 from diffing_core.weight_edits import Term, WeightEdit, edited_subject, grid, uniform, write_edit
 from diffing_core.weight_edits import checkpoint_folder as writer
-from diffing_core.weight_edits.changes import leading
+from diffing_core.weight_edits.changes import edited_tensors, leading
 from diffing_core.weight_edits.folders import NOTE_FILE
 from diffing_core.weights import WeightPair
 from tests import model_files
@@ -369,3 +369,61 @@ def assert_untouched(pair: ModelPair, before: dict, *, structure: bool = True) -
             assert all(after[name] is modules[name] for name in modules)
         with subject.active() as model:
             torch.testing.assert_close(model(**model_files.tokens()).logits, logits, atol=0, rtol=0)
+
+
+# ---- bases and finetunes of other makes ---------------------------------------------------------------------------
+
+
+def written(root: Path, base: Path, adapter: Path, extra: str = "") -> torch.Tensor:
+    """Logits of the edit of weight 1 as stock transformers and PEFT load it."""
+    (root / "models").mkdir()
+    (root / "models" / "tiny.yaml").write_text(f"name: tiny\nsource: {{path: {base}}}\ndtype: float32\n{extra}")
+    edit = WeightEdit(name="same", adapters=[{"path": adapter, "layer_amplifications": uniform(1.0)}])
+    folder = write_edit(edit, "tiny", Registry.load(root), root / "out")
+    load = tf.AutoModelForCausalLM.from_pretrained
+    return logits(load(folder) if (folder / "config.json").exists() else PeftModel.from_pretrained(load(base), folder))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**model_files.tokens()).logits
+
+
+def adapted(base: Path, *adapters: Path) -> torch.Tensor:
+    """Logits of the base with adapters merged one after the other."""
+    model = tf.AutoModelForCausalLM.from_pretrained(base)
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return logits(model)
+
+
+@pytest.mark.parametrize(
+    ("of_base", "of_adapter"),
+    [({}, {"use_dora": True}), ({"tie_word_embeddings": True}, {"modules_to_save": ["embed_tokens"]})],
+    ids=["dora", "saved embedding of a tied base"],
+)
+def test_a_finetune_that_is_no_plain_lora_is_written_as_stock_peft_runs_it(
+    tmp_path: Path, of_base: dict, of_adapter: dict
+) -> None:
+    base = model_files.save_base(tmp_path / "base", **of_base)
+    adapter = model_files.save_adapter(tmp_path / "a", base, **of_adapter)
+    expected = logits(PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(base), adapter))
+    torch.testing.assert_close(written(tmp_path, base, adapter), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_that_the_registry_adds_to_the_base_is_in_what_stock_peft_loads(tmp_path: Path) -> None:
+    base = model_files.save_base(tmp_path / "base")
+    own, adapter = (model_files.save_adapter(tmp_path / f"a{seed}", base, seed=seed) for seed in (3, 4))
+    found = written(tmp_path, base, adapter, f"adapter: {{path: {own}}}\n")
+    torch.testing.assert_close(found, adapted(base, own, adapter), atol=1e-4, rtol=1e-4)
+
+
+def test_a_change_of_a_single_number_is_added(tmp_path: Path) -> None:
+    for name, by in (("base", 1.0), ("tuned", 2.0)):
+        (tmp_path / name).mkdir()
+        save_file({"gate": torch.tensor(2.0) * by, "x.weight": torch.ones(3, 3) * by}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"model_type": "x"}')
+    pair = WeightPair.of_folders(tmp_path / "base", tmp_path / "tuned")
+    (tmp_path / "out").mkdir()
+    writer.write_checkpoint(tmp_path / "out", edited_tensors([Term(pair, uniform(2.0))]), pair.base)
+    assert load_file(tmp_path / "out" / "model.safetensors")["gate"].item() == 6.0

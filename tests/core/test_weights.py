@@ -134,6 +134,7 @@ def test_lora_is_streamed_as_factors_and_equals_pefts_merge(base, tmp_path):
         {"alpha_pattern": {"q_proj": 32, "layers.1.self_attn.o_proj": 1}},
         {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"layers\.0\..*o_proj": 64}},
         {"rank_pattern": {"down_proj": 2}, "use_rslora": True},
+        {"alpha_pattern": {r"^model.layers.0.self_attn.q_proj": 64}},
     ],
 )
 def test_scales_of_rslora_and_patterns_are_pefts(base, tmp_path, settings):

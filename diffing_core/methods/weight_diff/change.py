@@ -81,7 +81,9 @@ class Change:
 
     def tuned(self) -> Any:
         """W_tuned, formed where it was not read."""
-        return self.delta.pair.tuned if self.delta.pair else self.base + self.delta.factors.dense()
+        if self.delta.pair:
+            return self.delta.pair.tuned
+        return torch.addmm(self.base, self.delta.factors.left_MR, self.delta.factors.right_RN)
 
     def writes(self) -> bool:
         """Whether it is a changed matrix that writes into the residual stream."""
