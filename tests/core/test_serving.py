@@ -26,6 +26,7 @@ from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Variant
 from diffing_core.registry.schema import Server
 from diffing_core.registry.sources import Source
+from diffing_core.weight_edits import WeightEdit, uniform, write_edit
 from tests.completions_server import CompletionsServer
 from tests.vllm_server import PYTHON, vllm_running
 
@@ -77,7 +78,7 @@ class Setup:
     def registry(self, **changes) -> Registry:
         server = Server(**{"name": "tiny", "url": self.url, "served_name": "base", "retries": 2} | changes)
         organisms = {}
-        for name in "ab":
+        for name in ("a", "b", "both"):
             variants = {
                 "default": Variant(kind="lora", source=Source(path=self.folder / name)),
                 "same": Variant(kind="identical"),
@@ -116,6 +117,19 @@ def test_greedy_tokens_are_those_of_transformers_for_base_and_both_adapters(setu
     served = [said(side, pair.tokenizer) for side, pair in sides]
     assert served == [said(side.local(), pair.tokenizer) for side, pair in sides]
     assert served[0] != served[1] != served[2] != served[0]
+
+
+def test_an_edited_folder_is_served_as_it_is(setup, tmp_path):
+    """Both adapters at weights of their own, stacked: ranks add up, and the server reads one scale for all modules."""
+    adapters = [
+        {"organism": name, "layer_amplifications": uniform(weight)} for name, weight in (("a", 1.5), ("b", -0.5))
+    ]
+    edited = write_edit(WeightEdit(name="both", adapters=adapters), "tiny", setup.registry(), tmp_path)
+    (setup.folder / "both").unlink(missing_ok=True)
+    (setup.folder / "both").symlink_to(edited)
+    pair = setup.pair("both")
+    assert said(pair.tuned, pair.tokenizer) == said(pair.tuned.local(), pair.tokenizer)
+    assert said(pair.tuned, pair.tokenizer) != said(setup.pair("a").tuned, pair.tokenizer)
 
 
 def test_drawn_texts_come_by_prompt_and_sample_and_again_alike(setup):
