@@ -19,25 +19,22 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator, Field
 
-from diffing_core.agents.words import clean
 from diffing_core.answers import (
     SIDE,
-    SHOWN_CHARACTERS,
     Answers,
+    AskedSettings,
     ask,
     coherence_spec,
     coherence_table,
+    findings_of,
     samples_spec,
     samples_table,
-    shown_texts,
 )
 from diffing_core.errors import RegistryError
 from diffing_core.findings import Finding
-from diffing_core.generation import Sampling
 from diffing_core.methods import blackbox
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.models import ModelPair
-from diffing_core.prompts import PromptedSettings
 from diffing_core.tables import Column, TableSpec
 from diffing_core.weight_edits import Amplification, Term, edited_subject, preset, presets, resolve
 from diffing_core.weight_edits.changes import n_layers
@@ -52,7 +49,7 @@ def _packaged(value: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
-class AmplificationSettings(PromptedSettings):
+class AmplificationSettings(AskedSettings):
     """Knobs of `amplification`."""
 
     amplifications: tuple[Annotated[Amplification, BeforeValidator(_packaged)], ...] = Field(
@@ -60,16 +57,8 @@ class AmplificationSettings(PromptedSettings):
         min_length=1,
         description="Names of packaged amplifications (2x, 2.5x, 3x, negative_1x), or {name, layer_amplifications}.",
     )
-    samples: int = Field(2, ge=1, description="Answers per prompt and model.")
     prior_words: float = Field(1000.0, gt=0, description="Weight of the prior of the log-odds, in words.")
-    min_samples: int = Field(3, ge=1, description="Answers of both models, or of all, in which a listed word occurs.")
-    max_loss_nats: float = Field(
-        2.0, ge=0, description="A model counts if its texts' log p_base per token is at most so far below the tuned model's."
-    )
-    max_q: float = Field(0.2, gt=0, le=1, description="q-value up to which a trend is shown.")
     min_monotone: float = Field(0.5, ge=-1, le=1, description="Rank correlation from which a word rises with the weight.")
-    shown_words: int = Field(40, ge=0, description="Words among the findings.")
-    shown_texts: int = Field(5, ge=0, description="Texts among the findings.")
 
 
 MODELS = TableSpec(
@@ -130,7 +119,7 @@ def run(inputs: Inputs, settings: AmplificationSettings) -> Tables:
     pair: ModelPair = inputs[Need.MODELS]
     files: WeightPair = inputs[Need.WEIGHTS]
     prompts = settings.parsed_prompts()
-    sampling = Sampling(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples)
+    sampling = settings.sampling()
     depth = n_layers(files.base)
     weights = {"base": 0.0, "tuned": 1.0}
     weights |= {each.name: resolve(each.layer_amplifications, depth).mean for each in settings.amplifications}
@@ -158,15 +147,8 @@ def findings(tables: Tables, settings: AmplificationSettings) -> list[Finding]:
         for row in tables[TRENDS.name].to_pylist()
         if row["z"] > 0 and row["q_value"] <= settings.max_q and row["monotone"] >= settings.min_monotone
     ]
-    shown = [
-        Finding(
-            "token", clean(row["word"], SHOWN_CHARACTERS), row["z"], "z", TRENDS.name, {"word": row["word"]},
-            p_value=row["p_value"], q_value=row["q_value"],
-        )
-        for row in rising[: settings.shown_words]
-    ]  # fmt: skip
     models = [row["side"] for row in tables[MODELS.name].to_pylist() if row["weight"] > 0 and row["in_trend"]]
-    return [*shown, *shown_texts(tables[SAMPLES.name], SAMPLES, models, settings.shown_texts)]
+    return findings_of(TRENDS, rising, SAMPLES, tables[SAMPLES.name], models, settings)
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
@@ -222,7 +204,7 @@ def _trends_table(trends: WordTrends, weights: list[float]) -> pa.Table:
 
 METHOD = Method(
     name="amplification",
-    version="1",
+    version="2",
     kind="live",
     needs=frozenset({Need.MODELS, Need.WEIGHTS}),
     settings=AmplificationSettings,

@@ -144,3 +144,29 @@ def test_coherence_is_a_row_per_measure(files: WeightPair) -> None:
     assert rows["base", "mean_logprob_base"]["over_base"] == 0
     assert rows["w2", "mean_logprob_base"]["over_base"] < 0
     assert {measure for model, measure in rows if model == "w2"} >= {"distinct_2", "repeated_share", "finished_share"}
+
+
+def test_every_text_has_a_grade_and_its_measured_parts(files: WeightPair) -> None:
+    tables = run(inputs_of(files), quick(amplifications=ladder(2, 60)))
+    samples = pl.from_arrow(tables["amplification_samples"])
+    grades = {side: rows["coherence"].drop_nulls() for (side,), rows in samples.group_by("side")}
+    n = len(grades["base"])
+    assert grades["base"].min() >= 1 / n
+    assert grades["base"].max() == 1
+    for q in (0.1, 0.25, 0.5):
+        assert (grades["base"] <= q).mean() <= q
+    assert max(grades["w60"].mean(), grades["w2"].mean()) < grades["base"].mean() - 0.2
+    assert set(samples.filter(pl.col("repeated_share").is_null())["distinct_share"].drop_nulls()) <= {1.0}
+    rows = {(row["side"], row["measure"]): row["value"] for row in tables["amplification_coherence"].to_pylist()}
+    assert rows["w2", "coherence"] == pytest.approx(grades["w2"].mean())
+
+
+def test_a_text_is_shown_only_if_a_shown_word_is_in_it(taught: WeightPair) -> None:
+    settings = quick(amplifications=ladder(-1, 0.5, 2), samples=20)
+    tables = run(inputs_of(taught), settings)
+    shown = findings(tables, settings)
+    words = {each.item for each in shown if each.kind == "token"}
+    texts = [each.item for each in shown if each.kind == "generation"]
+    assert texts
+    assert all(words & set(text.split()) for text in texts)
+    assert findings(tables, quick(max_q=1e-300)) == []
