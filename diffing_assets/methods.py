@@ -28,6 +28,7 @@ UPSTREAM = {
     Need.MODELS: None,
     Need.WEIGHTS: None,
     Need.PEERS: None,  # a new finetune adds its own rows; it does not make those of all others stale
+    Need.FINETUNES: None,  # known from the settings of a run only
 }
 KINDS = {"stream": "pytorch", "fit": "parquet", "live": "huggingface", "weights": "safetensors"}
 

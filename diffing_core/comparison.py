@@ -241,7 +241,7 @@ def _ran(
     suppliers = _suppliers(pair, registry, store)
     result = timed_run(pair, method, settings, Inputs(method, suppliers))
     key = run_key(pair, method, settings)
-    for need in method.needs & {Need.ACTIVATIONS, Need.PEERS} if result.error is None else ():
+    for need in method.needs & {Need.ACTIVATIONS, Need.PEERS, Need.FINETUNES} if result.error is None else ():
         data = suppliers[need]()
         key = key.with_corpus(data.name, data.content_hash)
     _store(outcome, key, result, lake)
@@ -250,6 +250,7 @@ def _ran(
 
 def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, Any]:
     from diffing_core.peers import peers_of
+    from diffing_core.weight_edits.finetunes import Finetunes
     from diffing_core.weights import WeightPair
 
     return {
@@ -257,6 +258,7 @@ def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, A
         Need.WEIGHTS: lambda: WeightPair.of(pair.pair, registry),
         Need.ACTIVATIONS: cache(lambda: _stored_pair(pair, registry, store)),
         Need.PEERS: cache(lambda: peers_of(pair.pair, registry)),
+        Need.FINETUNES: cache(lambda: Finetunes(pair.pair.model, registry)),
     }
 
 
