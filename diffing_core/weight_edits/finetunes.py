@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffing_core.errors import ModelLoadError, NotComputableError, RegistryError
+from diffing_core.errors import ModelLoadError, NotComputableError, RegistryError, UndeclaredNeedError
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
 from diffing_core.registry.sources import Source, fetch, revision_of
@@ -25,10 +25,12 @@ class Finetunes:
     def __init__(self, model: str, registry: Registry) -> None:
         self._model, self._registry = model, registry
         self._revisions: dict[str, str] = {}
+        self._is_identified = False
 
     @property
     def content_hash(self) -> str:
-        """Of which finetunes were asked for and what was in them; empty for none."""
+        """Of which finetunes were asked for and what was in them, empty for none; from then on no other can be."""
+        self._is_identified = True
         return short_hash(self._revisions) if self._revisions else ""
 
     def term(self, adapter: AdapterEdit) -> Term:
@@ -38,6 +40,7 @@ class Finetunes:
             RegistryError: an unknown model, organism or variant, or an adapter that names no finetune.
             ModelLoadError: a folder or repository does not exist or cannot be reached.
             NotComputableError: the base model itself, which has no change.
+            UndeclaredNeedError: the result's identity is known already, and this finetune is not in it.
         """
         entry = self._registry.model(self._model)
         adapted = (self._folder(entry.adapter),) if entry.adapter else ()
@@ -45,6 +48,8 @@ class Finetunes:
         tuned = self._tuned(adapter, base)
         if base == tuned:
             raise NotComputableError(f"{adapter.place} is the base model itself, so nothing can be added; name a finetune")
+        if self._is_identified and adapter.place not in self._revisions:
+            raise UndeclaredNeedError(f"{adapter.place} was asked for after the result got its identity; ask before")
         self._revisions[adapter.place] = side_revision(tuned)
         return term_of(adapter, WeightPair(base, tuned, base.folder, entry))
 
