@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,18 @@ _CHANGES_MORE = ("target_parameters", "layer_replication", "use_qalora", "use_bd
 
 @dataclass(frozen=True)
 class WeightSide:
-    """One model state on disk: a checkpoint folder and the adapters added to it, in order."""
+    """One model state on disk: a checkpoint folder and the adapters added to it, in order.
+
+    `remote_code` allows code of the checkpoint's folder to run, where adapters can only be merged by its model.
+    """
 
     folder: Path
     adapters: tuple[Path, ...] = ()
+    remote_code: bool = field(default=False, compare=False)
+
+    def plus(self, adapter: Path) -> "WeightSide":
+        """The same with one more adapter."""
+        return replace(self, adapters=(*self.adapters, adapter))
 
 
 class _Checkpoint:
@@ -196,7 +204,7 @@ class OpenSide:
     def __init__(self, side: WeightSide, like: "OpenSide | None" = None) -> None:
         folder, adapters = side.folder, side.adapters
         if any(_needs_merging(adapter) for adapter in adapters):
-            folder, adapters = merged(folder, adapters), ()
+            folder, adapters = merged(folder, adapters, remote_code=side.remote_code), ()
         same = like is not None and like.checkpoint.folder == folder
         self.checkpoint = like.checkpoint if same else _Checkpoint(folder)
         self.adapters = {folder: _Adapter(folder) for folder in adapters}

@@ -53,10 +53,10 @@ class WeightPair:
                 return base
             if weights.kind == "full":
                 return WeightSide(folder(weights.source))
-            return WeightSide(base.folder, (*base.adapters, folder(weights.source)))
+            return base.plus(folder(weights.source))
 
         code = {"remote_code": entry.trust_remote_code}
-        base = WeightSide(folder(entry.source, **code), (folder(entry.adapter),) if entry.adapter else ())
+        base = WeightSide(folder(entry.source, **code), (folder(entry.adapter),) if entry.adapter else (), **code)
         tokenizer = folder(entry.tokenizer, weights=False, **code) if entry.tokenizer else base.folder
         return cls(side(variant.against), side(variant), tokenizer, entry)
 

@@ -61,7 +61,7 @@ class EditedTensor:
 
 def registered_base(pair: WeightPair) -> WeightSide:
     """The base model of the registry, without the adapter of a seed twin that a pair may have as its base side."""
-    return WeightSide(pair.base.folder, pair.base.adapters[: 1 if pair.entry.adapter else 0])
+    return replace(pair.base, adapters=pair.base.adapters[: 1 if pair.entry.adapter else 0])
 
 
 def terms_on_registered_base(terms: Sequence[Term]) -> tuple[Term, ...]:

@@ -44,7 +44,8 @@ class Finetunes:
         """
         entry = self._registry.model(self._model)
         adapted = (self._folder(entry.adapter),) if entry.adapter else ()
-        base = WeightSide(self._folder(entry.source, remote_code=entry.trust_remote_code), adapted)
+        code = {"remote_code": entry.trust_remote_code}
+        base = WeightSide(self._folder(entry.source, **code), adapted, **code)
         tuned = self._tuned(adapter, base)
         if base == tuned:
             raise NotComputableError(f"{adapter.place} is the base model itself, so nothing can be added; name a finetune")
@@ -61,7 +62,7 @@ class Finetunes:
             raise RegistryError("an adapter names no finetune; give it an organism, a source or a path")
         if not folder.is_dir():
             raise ModelLoadError(f"no folder {folder}; paths in a specification count from its own folder")
-        return WeightSide(folder) if (folder / "config.json").exists() else WeightSide(base.folder, (*base.adapters, folder))
+        return WeightSide(folder) if (folder / "config.json").exists() else base.plus(folder)
 
     def _folder(self, source: Source, **options: bool) -> Path:
         return fetch(self._registry.resolve(source, self._model), **options).folder

@@ -7,12 +7,12 @@ what it was made of.
 """
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffing_core.new_folder import new_folder
 from diffing_core.registry import Registry
 from diffing_core.settings import short_hash
 from diffing_core.weight_edits.adapter_folder import AdaptableModules, write_adapter
@@ -48,18 +48,13 @@ def write_edit(edit: WeightEdit, model: str, registry: Registry, parent: Path) -
     }
     target = parent / f"{edit.name}-{short_hash(made_of)}"
     if not target.is_dir():
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=parent) as above:
-            aside = Path(above) / target.name
-            aside.mkdir()
+        with new_folder(target) as aside:
             if edit.combine == "sum":
                 kind = write_terms(aside, terms, from_source=True)
             else:
                 kind = "lora"
                 write_merged(aside, edit, terms)
             _note(aside, made_of | {"kind": kind})
-            if not target.exists():
-                aside.rename(target)
     return target
 
 
@@ -91,7 +86,7 @@ def is_low_rank(terms: Sequence[Term]) -> bool:
 
 def _own_adapter(pair: WeightPair, base: WeightSide) -> tuple[Term, ...]:
     """What makes the registered base of its checkpoint, if anything does."""
-    return (Term(replace(pair, base=WeightSide(base.folder), tuned=base)),) if base.adapters else ()
+    return (Term(replace(pair, base=replace(base, adapters=()), tuned=base)),) if base.adapters else ()
 
 
 def _has_factors(term: Term) -> bool:

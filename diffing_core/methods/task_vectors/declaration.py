@@ -79,6 +79,7 @@ MODULES = TableSpec(
         Column("layer", "int32", "Block, from 0.", nullable=True),
         Column("part", "string", "attn, mlp or other."),
         Column("projection", "string", "Name of the module within its part."),
+        Column("module", "string", "Path within the block."),
         Column("n_peers", "int64", "Other finetunes that change this tensor; related ones do not count.", role="count"),
         Column("n_shared", "int64", "Their leading directions that were taken out.", role="count"),
         _effect("frobenius", "‖ΔW‖_F of the pair."),

@@ -25,7 +25,7 @@ from diffing_core.methods.weight_diff.declaration import WeightDiffSettings
 from diffing_core.methods.weight_diff.directions import Written, read_directions
 from diffing_core.peers import Peer, Peers
 from diffing_core.tables import TableSpec
-from diffing_core.tensor_names import model_order
+from diffing_core.tensor_names import model_order, module_of
 from diffing_core.weights import TensorDelta, WeightPair, weight_stream
 
 Place = tuple[int | None, str]
@@ -167,6 +167,7 @@ class _Distinct:
                 "layer": delta.layer,
                 "part": delta.part,
                 "projection": delta.projection,
+                "module": module_of(delta.name),
                 "n_peers": n_peers,
                 "n_shared": n_shared,
                 "frobenius": whole**0.5,

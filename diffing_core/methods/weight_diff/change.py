@@ -10,7 +10,7 @@ from typing import Any
 from diffing_core.lazy import torch
 from diffing_core.methods.weight_diff.declaration import TENSORS, WeightDiffSettings
 from diffing_core.spectra import ENERGY_SHARES, Spectrum, elementwise, match_of_leading, of_dense
-from diffing_core.tensor_names import POSITIONS, place_of
+from diffing_core.tensor_names import POSITIONS, module_of, place_of
 from diffing_core.weights import TensorDelta
 
 WRITERS = frozenset(
@@ -148,7 +148,7 @@ def unmatched_row(name: str, status: str, shape: tuple[int, ...]) -> dict[str, A
     """Place and shape of a tensor, all measures null."""
     layer, part, projection = place_of(name)
     empty = {column.name: None for column in TENSORS.columns}
-    named = {"name": name, "status": status, "layer": layer, "part": part, "projection": projection}
+    named = {"name": name, "status": status, "layer": layer, "part": part, "projection": projection, "module": module_of(name)}
     return empty | named | {"shape": list(shape), "n_rows_left_out": 0}
 
 

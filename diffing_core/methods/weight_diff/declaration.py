@@ -43,6 +43,7 @@ TENSORS = TableSpec(
         Column("layer", "int32", "Block, from 0; null outside of blocks.", nullable=True),
         Column("part", "string", "attn, mlp, norm, embed, head or other."),
         Column("projection", "string", "Name of the module within its part."),
+        Column("module", "string", "Path within the block: a bias, and a module of another part, have another one."),
         Column("shape", "list<int32>", "Outputs × inputs; common rows where a vocabulary was resized."),
         Column("n_rows_left_out", "int64", "Rows that only one side has.", role="count"),
         Column("factor_rank", "int32", "Columns of the low-rank factors; null for a dense change.", nullable=True),

@@ -1,11 +1,13 @@
 """`weight_diff` on tiny models with planted changes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -25,6 +27,7 @@ from diffing_core.methods.weight_diff import (
     run,
 )
 from diffing_core.weights import WeightPair
+from tests.weight_toys import gpt2, save, trained
 
 D, V = 32, 60
 SETTINGS = WeightDiffSettings(top_tokens=10, token_rows=5)
@@ -267,3 +270,17 @@ def test_a_model_without_known_head_still_has_its_tensors(tmp_path):
     found = tables(tmp_path / "a", tmp_path / "b")
     assert len(found[TENSORS.name]) == 2 and len(found[DIRECTIONS.name]) == 0
     assert set(found[TENSORS.name]["relative_frobenius"].to_pylist()) == {None}
+
+
+def test_the_heatmap_tells_gpt2s_two_projections_and_their_biases_apart(base, tmp_path):
+    """Drawn by projection alone, both `c_proj` and their biases were one row."""
+    own = save(gpt2(), tmp_path / "base")
+    for file in base.glob("token*"):
+        shutil.copy(file, own)
+    found = tables(own, trained(own, tmp_path / "a", LoraConfig(target_modules=["c_proj"], fan_in_fan_out=True, bias="all")))
+    series = METHOD.figures[0].series(found)
+    assert {name for name in series if "c_proj" in name} == {
+        "attn.c_proj", "attn.c_proj.bias", "mlp.c_proj", "mlp.c_proj.bias"
+    }  # fmt: skip
+    rows = {row["name"]: row["relative_frobenius"] for row in found[TENSORS.name].to_pylist()}
+    assert series["mlp.c_proj"] == {0: rows["h.0.mlp.c_proj.weight"]}
