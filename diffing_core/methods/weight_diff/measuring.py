@@ -28,7 +28,7 @@ from diffing_core.methods.weight_diff.declaration import (
 from diffing_core.methods.weight_diff.directions import Written, read_directions
 from diffing_core.methods.weight_diff.token_rows import token_rows
 from diffing_core.tables import TableSpec
-from diffing_core.weights import WeightPair, unmatched_tensors, weight_stream
+from diffing_core.weights import OpenPair, WeightPair
 
 
 def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
@@ -40,7 +40,8 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
     intruders: list[dict[str, Any]] = []
     written: list[Written] = []
     changed_rows: list[tuple[str, Any]] = []
-    for delta in weight_stream(pair):
+    opened = OpenPair(pair)
+    for delta in map(opened.delta, opened.names):
         change = Change.of(delta, settings, generator)
         own_intruders = intruder_rows(change, settings)
         tensors.append(tensor_row(change, own_intruders, settings))
@@ -55,7 +56,7 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
             sizes = (change.row_norms(own=True), change.row_norms(), change.base.norm(dim=1))
             changed_rows.append((delta.name, torch.stack(sizes)))
     layers = layer_rows(tensors)
-    tensors += [unmatched_row(each.name, each.status, each.shape) for each in unmatched_tensors(pair)]
+    tensors += [unmatched_row(each.name, each.status, each.shape) for each in opened.unmatched]
     directions, vocabulary = read_directions(pair, written, settings)
     return {
         TENSORS.name: _table(TENSORS, tensors),

@@ -274,7 +274,11 @@ def test_a_model_without_known_head_still_has_its_tensors(tmp_path):
 
 def test_the_heatmap_tells_gpt2s_two_projections_and_their_biases_apart(base, tmp_path):
     """Drawn by projection alone, both `c_proj` and their biases were one row."""
-    own = save(gpt2(), tmp_path / "base")
+    model = gpt2()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += 0.1 * name.endswith("bias")
+    own = save(model, tmp_path / "base")
     for file in base.glob("token*"):
         shutil.copy(file, own)
     found = tables(own, trained(own, tmp_path / "a", LoraConfig(target_modules=["c_proj"], fan_in_fan_out=True, bias="all")))
