@@ -31,6 +31,7 @@ from diffing_core.tensor_names import EMBEDDINGS, HEADS, canonical, place_of
 
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+_EXPERTS_FLIPPED = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text"})  # hold each expert as [inputs, outputs]
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 _CHANGES_MORE = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
@@ -105,6 +106,10 @@ class _Checkpoint:
     def is_conv1d(self, name: str) -> bool:
         """Whether GPT-2's Conv1D holds this weight, as [inputs, outputs]."""
         return self.model_type in _CONV1D_TYPES and place_of(name)[2] in _CONV1D
+
+    def has_flipped_experts(self, name: str) -> bool:
+        """Whether this tensor stacks experts that are stored as [inputs, outputs]."""
+        return self.model_type in _EXPERTS_FLIPPED and place_of(name)[1] == "mlp"
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ class OpenSide:
     def dense(self, name: str, *, flip: bool = False) -> Any:
         """The whole tensor in float32, transposed if asked, adapters added."""
         tensor = self.place(name).read().float()
-        tensor = tensor.T if flip else tensor
+        tensor = tensor.mT if flip else tensor
         for adapter in self.adapters.values():
             tensor = adapter.applied(name, tensor)
         return tensor

@@ -13,7 +13,7 @@ Suffixes: M rows (outputs), N columns (inputs), R rank.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +88,7 @@ class DensePair:
 
 @dataclass(frozen=True, eq=False)
 class TensorDelta:
-    """The change of one tensor; exactly one of `factors` and `pair` is given.
+    """The change of one tensor, or of one expert of a tensor that stacks them; exactly one of `factors` and `pair` is given.
 
     Attributes:
         name: key without the wrappers that differ between ways of saving, e.g. `layers.0.mlp.up_proj.weight`.
@@ -96,6 +96,7 @@ class TensorDelta:
         shape: of the change, oriented as y = W x; the common rows of a resized vocabulary.
         n_left_out: rows that only one side has.
         flipped: whether the files hold it the other way round, as [inputs, outputs].
+        expert: its number, from 0; None for a whole tensor.
         load_base: reads the base's tensor in the same orientation, float32.
     """
 
@@ -109,6 +110,16 @@ class TensorDelta:
     pair: DensePair | None = None
     n_left_out: int = 0
     flipped: bool = False
+    expert: int | None = None
+
+    def matrices(self) -> Iterator["TensorDelta"]:
+        """A stack of experts [E, M, N] as one matrix after the other; anything else as it is."""
+        if len(self.shape) != 3 or self.part != "mlp":
+            yield self
+            return
+        for expert, (before, after) in enumerate(zip(self.pair.base, self.pair.tuned, strict=True)):
+            own = {"shape": self.shape[1:], "pair": DensePair(before, after), "load_base": lambda before=before: before}
+            yield replace(self, expert=expert, **own)
 
     def __post_init__(self) -> None:
         if (self.factors is None) == (self.pair is None):
@@ -204,6 +215,8 @@ def _is_flipped(name: str, base: OpenSide, tuned: OpenSide) -> bool:
     adapters = [each for side in (base, tuned) for each in side.adapters.values() if name in each.lora]
     if adapters and stored != stored[::-1]:
         return stored != adapters[0].lora[name].shape
+    if len(stored) == 3:
+        return base.checkpoint.has_flipped_experts(name)
     declared = any(each.config.get("fan_in_fan_out") for each in adapters)
     return declared or (len(stored) == 2 and base.checkpoint.is_conv1d(name))
 

@@ -188,7 +188,7 @@ class _Distinct:
             left_over = replace(delta, factors=rest.change) if low_rank else delta
             change = Change(left_over, delta.load_base(), None if low_rank else rest.change, found)
             sizes = (found.sigma_K[:k], found.energy_shares_K[:k], change.gain(k))
-            self._written.append(Written(delta.name, delta.layer, delta.part, found.left_MK[:, :k].T.clone(), *sizes))
+            self._written.append(Written(delta.name, delta.expert, delta.layer, delta.part, found.left_MK[:, :k].T.clone(), *sizes))
 
     def tokens(self, pair: WeightPair) -> list[dict[str, Any]]:
         """Tokens by how far the rest writes towards or away from them."""

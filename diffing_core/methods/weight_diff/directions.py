@@ -34,12 +34,18 @@ class Written:
     """The leading directions that one module writes, [K, D], their sizes, and how much more the tuned model writes."""
 
     name: str
+    expert: int | None
     layer: int | None
     part: Part
     direction_KD: Any
     sigma_K: Any
     energy_K: Any
     gain_K: Any
+
+    @property
+    def title(self) -> str:
+        """The tensor's name, with the number of the expert."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
 
 def read_directions(
@@ -73,7 +79,7 @@ def read_directions(
             "token": vocabulary.text_V[token],
             "net_score": net_V[token].item(),
             "score": score_V[token].item(),
-            "strongest_module": written[int(best_module_V[token])].name,
+            "strongest_module": written[int(best_module_V[token])].title,
         }
         for token in ids.tolist()
     ]
@@ -109,6 +115,7 @@ def _direction_rows(module: Written, z_KV: Any, vocabulary: Vocabulary, n_tokens
         rows.append(
             {
                 "name": module.name,
+                "expert": module.expert,
                 "direction": number + 1,
                 "layer": module.layer,
                 "part": module.part,

@@ -41,7 +41,7 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
     written: list[Written] = []
     changed_rows: list[tuple[str, Any]] = []
     opened = OpenPair(pair)
-    for delta in map(opened.delta, opened.names):
+    for delta in (matrix for name in opened.names for matrix in opened.delta(name).matrices()):
         change = Change.of(delta, settings, generator)
         own_intruders = intruder_rows(change, settings)
         tensors.append(tensor_row(change, own_intruders, settings))
@@ -51,7 +51,7 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
             k = settings.directions
             found = change.spectrum
             sizes = (found.sigma_K[:k], found.energy_shares_K[:k], change.gain(k))
-            written.append(Written(delta.name, delta.layer, delta.part, found.left_MK[:, :k].T.clone(), *sizes))
+            written.append(Written(delta.name, delta.expert, delta.layer, delta.part, found.left_MK[:, :k].T.clone(), *sizes))
         if change.has_token_rows() and change.frobenius:
             sizes = (change.row_norms(own=True), change.row_norms(), change.base.norm(dim=1))
             changed_rows.append((delta.name, torch.stack(sizes)))
