@@ -61,6 +61,7 @@ class RankTruncationSettings(AskedSettings):
     )
     rests: tuple[Rank, ...] = Field((1,), description="Ranks that are taken away, the rest being asked as a control.")
     kl_samples: int = Field(1, ge=1, description="Of these answers, how many of the tuned model's are where KL is measured.")
+    texts_with_words: bool = Field(True, description="Whether a text is shown only if one of the shown words is in it.")
 
 
 MODELS = TableSpec(
