@@ -19,6 +19,7 @@ BENCHMARKS = (
     platform.definitions_load,
     platform.partition_overhead,
     storage.parquet,
+    storage.shuffling,
     storage.encodings,
     weights.lora_spectrum,
 )

@@ -95,6 +95,10 @@ class ProbeCorpus:
         """Tokens that methods see; nothing is padded here."""
         return int(self._seen_S.sum())
 
+    def n_shown(self, batch: "TokenBatch") -> int:
+        """Tokens of a batch that methods see."""
+        return int(self._seen_S[list(batch.sequences)].sum())
+
     def sequences_within(self, token_limit: int) -> int:
         """How many leading sequences show at most `token_limit` tokens: a cut that batching cannot move."""
         return int(np.searchsorted(np.cumsum(self._seen_S), token_limit, side="right"))
@@ -121,7 +125,7 @@ class ProbeCorpus:
         why = {f"no token after the first {n_tokens}": n_lost} if n_lost else {}
         return replace(whole, sequences=tuple(kept), left_out={**self.left_out, **why})
 
-    @property
+    @cached_property
     def _seen_S(self) -> np.ndarray:
         lengths_S = np.asarray([len(sequence) for sequence in self.sequences], np.int64)
         return np.maximum(0, lengths_S - self.first_seen_S)

@@ -21,7 +21,7 @@ from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
 from diffing_core.errors import CorpusError, DiffingError
 from diffing_core.lazy import torch
-from diffing_core.methods.base import Fold, Inputs, Method, Need, Tables
+from diffing_core.methods.base import Fold, Inputs, Method, Need, ResumableFold, Tables
 from diffing_core.models import ModelPair
 from diffing_core.progress import track
 from diffing_core.runs import Cost
@@ -59,6 +59,16 @@ class _Running:
     @property
     def layers(self) -> tuple[int, ...]:
         return () if self.fold is None else self.fold.layers
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows at the beginning of the corpus that the fold need not be shown."""
+        return self.fold.stored_rows if isinstance(self.fold, ResumableFold) else 0
+
+    def skip(self, n_rows: int) -> None:
+        """Leaves out the first rows; only as many as `stored_rows`."""
+        if self.error is None:
+            self.fold.skip(n_rows)
 
     def start(self, context: StreamContext) -> None:
         try:
@@ -148,7 +158,13 @@ def _feed(
     rows = rows_per_block(vocab_size, device), rows_per_tile(vocab_size, device)
     budget = min(tokens_per_batch, affordable_tokens(pairs, len(layers)))
     with torch.inference_mode(), track(sum(map(len, corpus.sequences)), "tokens", f"paired pass, {corpus.name}") as done:
+        stored = min((each.stored_rows for each in running if each.error is None), default=0)
         for batch in corpus.batches(budget):
+            stored -= corpus.n_shown(batch)
+            if stored >= 0:
+                _skip(batch, running, corpus)
+                done(int(batch.mask_BT.sum()))
+                continue
             with shared:
                 going, states = _forward_all(running, batch, layers)
             whole = _whole_blocks(going, states, batch, corpus)
@@ -158,6 +174,12 @@ def _feed(
             _show_pieces(whole, readers, rows, shared)
             del states, whole  # else they would be alive together with the next batch's
             done(int(batch.mask_BT.sum()))
+
+
+def _skip(batch: TokenBatch, running: Sequence[_Running], corpus: ProbeCorpus) -> None:
+    """Passes over a batch whose rows every fold that still runs has from an earlier pass: no forward is needed."""
+    for each in running:
+        each.skip(corpus.n_shown(batch))
 
 
 def affordable_tokens(pairs: Sequence[ModelPair], n_layers: int) -> int:
