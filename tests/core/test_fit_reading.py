@@ -1,6 +1,5 @@
 """What fit methods read with: corpora as one, and the lens of directions."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
