@@ -2,7 +2,6 @@
 
 import os
 import time
-
 from pathlib import Path
 
 import numpy as np
