@@ -14,15 +14,15 @@ Tokens come through norm and head (see `diffing_core.direction_lens`), texts whe
 and samples of the model with a component added to its residual stream.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from diffing_core.activation_pairs import PairedActivations, PairedRows, Selection
+from diffing_core.activation_pairs import PairedActivations, Selection
 from diffing_core.corpus import ROLES
 from diffing_core.covariance import Covariance, Principal
 from diffing_core.examples import TopExamples, examples_spec
@@ -38,7 +38,7 @@ from diffing_core.tables import Column, TableSpec
 Target = Literal["difference", "base", "tuned"]
 ENDS = {"positive": 1.0, "negative": -1.0}
 ROUNDING = 1e-10  # variance below this share of all is no component
-SNIPPET_TOKENS = 8  # shown before and after the largest coordinate
+TOKENS_BEFORE, TOKENS_AFTER = 8, 2  # of a text, shown around the largest coordinate
 
 
 class PcaSettings(SteeringSettings):
@@ -64,7 +64,8 @@ class PcaSettings(SteeringSettings):
     )
     shown_layers: tuple[float, ...] = Field((1.0,), description="Depths whose tokens become findings.")
     shown_components: int = Field(4, ge=1, description="Leading components whose tokens become findings.")
-    shown: int = Field(40, ge=1, description="Findings shown.")
+    shown: int = Field(20, ge=1, description="Tokens shown as findings.")
+    shown_texts: int = Field(1, ge=0, description="Texts shown as findings per component.")
 
 
 LAYER = Column("layer", "int32", "Block whose output was read, from 0.", role="key")
@@ -142,7 +143,7 @@ def run(inputs: Inputs, settings: PcaSettings) -> Tables:
         here = stored.at(layer)
         for fit in _fitted(here.of(selection), layer, pair.base.device, settings):
             skewness_R, shown = _ends(here, selection, fit, reading, settings)
-            fits.append(_Fit(**vars(fit) | {"skewness_R": skewness_R}))
+            fits.append(replace(fit, skewness_R=skewness_R))
             examples += shown
     return {
         FITS.name: _fit_table(fits, reading),
@@ -182,8 +183,9 @@ def _ends(
         return None, []
     top = TopExamples(n_read * len(ENDS), settings.examples, ("max",))
     cubes_R = np.zeros(n_read)
+    leading = replace(fit.principal, component_KD=fit.principal.component_KD[:n_read])
     for block in rows.blocks():
-        value_NR = fit.principal.coordinates(_vectors(block, fit.target))[:, :n_read]
+        value_NR = leading.coordinates(getattr(block, f"{fit.target}_ND"))
         value_NR[~selection.keeps(block)] = 0
         cubes_R += (value_NR.astype(np.float64) ** 3).sum(0)
         if wanted:
@@ -196,12 +198,7 @@ def _ends(
         "component": [*range(1, n_read + 1)] * len(ENDS),
         "end": [end for end in ENDS for _ in range(n_read)],
     }
-    skewed = skewness_R if fit.target == "difference" else None
-    return skewed, [top.table(EXAMPLES, reading.context, groups)] if wanted else []
-
-
-def _vectors(rows: PairedRows, target: Target) -> Any:
-    return getattr(rows, f"{target}_ND")
+    return skewness_R if fit.target == "difference" else None, [top.table(EXAMPLES, reading.context, groups)] if wanted else []
 
 
 def _fit_table(fits: list[_Fit], reading: FitReading) -> pa.Table:
@@ -280,28 +277,54 @@ def _steering(fits: list[_Fit], reading: FitReading, pair: Any, settings: PcaSet
 
 
 def findings(tables: Tables, settings: PcaSettings) -> list[Finding]:
-    """Tokens at the far end of the difference's leading components, the best of every component in turn."""
+    """Of the difference's leading components: tokens and then texts of the far end, each by share of the variance."""
     fits = tables[FITS.name].to_pylist()
     layers = {int(depth * (fits[0]["n_layers"] - 1)) for depth in settings.shown_layers} if fits else set()
     leading = {
-        (row["layer"], row["component"]): row
+        (row["layer"], "difference", row["component"]): row
         for row in tables[COMPONENTS.name].to_pylist()
         if row["target"] == "difference" and row["layer"] in layers and row["component"] <= settings.shown_components
-    }
-    rows = [
-        (leading[row["layer"], row["component"]], row)
-        for row in tables[TOKENS.name].to_pylist()
-        if row["target"] == "difference" and row["head"] == "tuned" and (row["layer"], row["component"]) in leading
-    ]
-    rows = [(of, row) for of, row in rows if row["direction"] == ("promoted" if of["skewness"] >= 0 else "suppressed")]
-    rows.sort(key=lambda each: (each[1]["rank"], -each[1]["layer"], each[1]["component"]))
+        and row["skewness"] is not None
+    }  # fmt: skip
+    return _token_findings(leading, tables, settings) + _text_findings(leading, tables, settings)
+
+
+def _token_findings(leading: Mapping[Any, Mapping[str, Any]], tables: Tables, settings: PcaSettings) -> list[Finding]:
+    shown = []
+    for row in tables[TOKENS.name].to_pylist():
+        of = leading.get((row["layer"], row["target"], row["component"]))
+        if of and row["head"] == "tuned" and row["direction"] == ("promoted" if of["skewness"] >= 0 else "suppressed"):
+            shown.append((of["explained_share"] * row["probability"], row))
+    shown.sort(key=lambda each: (-each[0], -each[1]["layer"], each[1]["component"], each[1]["rank"]))
     return [
         Finding(
-            "token", row["token"], of["explained_share"] * row["probability"], "explained share × lens probability",
-            TOKENS.name, {name: row[name] for name in TOKENS.grain}, layer=row["layer"],
+            "token", row["token"], score, "explained share × lens probability", TOKENS.name,
+            {name: row[name] for name in TOKENS.grain}, layer=row["layer"],
         )
-        for of, row in rows[: settings.shown]
+        for score, row in shown[: settings.shown]
     ]  # fmt: skip
+
+
+def _text_findings(leading: Mapping[Any, Mapping[str, Any]], tables: Tables, settings: PcaSettings) -> list[Finding]:
+    shown = []
+    for row in tables[EXAMPLES.name].to_pylist():
+        of = leading.get((row["layer"], row["target"], row["component"]))
+        if of and row["rank"] <= settings.shown_texts and row["end"] == ("positive" if of["skewness"] >= 0 else "negative"):
+            shown.append((of["explained_share"], row))
+    shown.sort(key=lambda each: (-each[0], -each[1]["layer"], each[1]["component"], each[1]["rank"]))
+    return [
+        Finding(
+            "text_snippet", _around_peak(row), share, "explained share", EXAMPLES.name,
+            {name: row[name] for name in EXAMPLES.grain}, layer=row["layer"], position=row["position"],
+        )
+        for share, row in shown
+    ]  # fmt: skip
+
+
+def _around_peak(example: Mapping[str, Any]) -> str:
+    """The text up to a little behind the place of the largest coordinate."""
+    peak = example["position"] - example["first_position"]
+    return "".join(example["tokens"][max(0, peak - TOKENS_BEFORE) : peak + TOKENS_AFTER + 1])
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
@@ -330,7 +353,7 @@ METHOD = Method(
     needs=frozenset({Need.ACTIVATIONS, Need.MODELS}),
     settings=PcaSettings,
     tables=(FITS, COMPONENTS, TOKENS, EXAMPLES, STEERING),
-    reference="Pearson 1901; components of activation differences: https://arxiv.org/abs/2310.01405 (LAT)",
+    reference="Pearson 1901, https://doi.org/10.1080/14786440109462720",
     findings=findings,
     headline=headline,
     run=run,
