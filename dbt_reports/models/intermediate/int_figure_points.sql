@@ -40,6 +40,32 @@ union all
 
 select
     run_id, organism, model, variant, corpus, method, 0 as figure,
+    'line' as kind, 'Cumulative share of variance by component' as title,
+    'component' as x_title, 'cumulative_share' as value_title,
+    'target' as series_title, 12 as most, false as is_log,
+    component::varchar as x, component::double as x_number,
+    target::varchar as series, max(cumulative_share)::double as value,
+from {{ source('raw', 'pca_components') }}
+where component is not null and target is not null and cumulative_share is not null and method = 'pca'
+group by all
+
+union all
+
+select
+    run_id, organism, model, variant, corpus, method, 1 as figure,
+    'bar' as kind, 'Variance of the difference beside the base''s, by block' as title,
+    'layer' as x_title, 'relative_variance' as value_title,
+    '' as series_title, 12 as most, false as is_log,
+    layer::varchar as x, layer::double as x_number,
+    ''::varchar as series, max(relative_variance)::double as value,
+from {{ source('raw', 'pca_fits') }}
+where layer is not null and relative_variance is not null and method = 'pca'
+group by all
+
+union all
+
+select
+    run_id, organism, model, variant, corpus, method, 0 as figure,
     'heatmap' as kind, 'Cosine to every other finetune' as title,
     'peer_variant' as x_title, 'cosine' as value_title,
     'peer_organism' as series_title, 40 as most, false as is_log,

@@ -149,7 +149,7 @@ def test_the_planted_direction_is_first_its_token_shown_and_its_texts_at_the_far
     assert 0 < shown[0].score <= first["explained_share"][0]
     texts = [finding for finding in shown if finding.kind == "text_snippet"]
     assert texts[0].source_key["end"] == far
-    assert f"w{PLANTED}" in texts[0].item.split()
+    assert f"w{PLANTED}w" in f"{texts[0].item}w"
     assert shown.index(texts[0]) > max(index for index, finding in enumerate(shown) if finding.kind == "token")
 
 
