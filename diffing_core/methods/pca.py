@@ -277,7 +277,7 @@ def _steering(fits: list[_Fit], reading: FitReading, pair: Any, settings: PcaSet
 
 
 def findings(tables: Tables, settings: PcaSettings) -> list[Finding]:
-    """Of the difference's leading components: tokens and then texts of the far end, each by share of the variance."""
+    """Of the difference's leading components: tokens of the far end, each once where it scores best, and then texts there."""
     fits = tables[FITS.name].to_pylist()
     layers = {int(depth * (fits[0]["n_layers"] - 1)) for depth in settings.shown_layers} if fits else set()
     leading = {
@@ -296,12 +296,15 @@ def _token_findings(leading: Mapping[Any, Mapping[str, Any]], tables: Tables, se
         if of and row["head"] == "tuned" and row["direction"] == ("promoted" if of["skewness"] >= 0 else "suppressed"):
             shown.append((of["explained_share"] * row["probability"], row))
     shown.sort(key=lambda each: (-each[0], -each[1]["layer"], each[1]["component"], each[1]["rank"]))
+    best: dict[int, tuple[float, Mapping[str, Any]]] = {}
+    for score, row in shown:
+        best.setdefault(row["token_id"], (score, row))
     return [
         Finding(
             "token", row["token"], score, "explained share × lens probability", TOKENS.name,
             {name: row[name] for name in TOKENS.grain}, layer=row["layer"],
         )
-        for score, row in shown[: settings.shown]
+        for score, row in [*best.values()][: settings.shown]
     ]  # fmt: skip
 
 

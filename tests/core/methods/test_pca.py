@@ -84,6 +84,7 @@ def vectors(stored: StoredPair, layer: int, target: str) -> np.ndarray:
 
 @pytest.mark.parametrize("target", ["difference", "base", "tuned"])
 def test_components_are_those_of_scikit_learn_on_the_stored_rows(made: tuple[ModelPair, StoredPair], target: str) -> None:
+    """Of the rows that were asked for: the toolkit's loader ignored its target."""
     pair, stored = made
     tables = run(pair, stored)
     for layer in stored.layers:
@@ -147,6 +148,8 @@ def test_the_planted_direction_is_first_its_token_shown_and_its_texts_at_the_far
     shown = findings(tables["arrow"], PcaSettings(shown_layers=(0.0,)))
     assert shown[0].item.strip() == f"w{PLANTED}"
     assert 0 < shown[0].score <= first["explained_share"][0]
+    tokens = [finding.item for finding in shown if finding.kind == "token"]
+    assert len(tokens) == len(set(tokens)) == PcaSettings().shown
     texts = [finding for finding in shown if finding.kind == "text_snippet"]
     assert texts[0].source_key["end"] == far
     assert f"w{PLANTED}w" in f"{texts[0].item}w"
@@ -154,6 +157,7 @@ def test_the_planted_direction_is_first_its_token_shown_and_its_texts_at_the_far
 
 
 def test_both_ends_of_a_component_have_texts_of_opposite_coordinates(made: tuple[ModelPair, StoredPair]) -> None:
+    """The toolkit projected texts with the sign of the difference swapped against training."""
     pair, stored = made
     tables = run(pair, stored, layers=(1,), example_targets=("difference", "tuned"))
     for target in ("difference", "tuned"):
@@ -218,6 +222,21 @@ def test_steering_writes_both_ends_beside_the_plain_text(made: tuple[ModelPair, 
     assert rows.select("layer", "component", "end").rows() == [(1, 1, "positive"), (1, 1, "negative")]
     assert len(set(rows["text"])) == 2
     assert len(set(rows["plain_text"])) == 1
+
+
+def test_pairs_of_one_shape_on_one_corpus_share_nothing(tmp_path: Path) -> None:
+    """The toolkit keyed statistics of differences by the shapes of its caches: the second pair read those of the first."""
+    base, other = model_files.build(tie_word_embeddings=False), planted_model()[0]
+    with torch.no_grad():
+        other.model.embed_tokens.weight[PLANTED + 1] += 1
+    fits = []
+    for name, tuned in (("one", planted_model()[0]), ("two", other)):
+        sides = Subject.of(base, revision="base"), Subject.of(tuned, revision=name)
+        pair = ModelPair(*sides, model_files.tokenizer(), Pair("m", "o"), VOCAB)
+        stored = stored_of(pair, tmp_path, corpus())
+        fits.append(run(pair, stored)["pca_fits"].filter((pl.col("target") == "difference") & (pl.col("layer") == 1))["mean"][0].to_list())
+        np.testing.assert_allclose(fits[-1], vectors(stored, 1, "difference").mean(0), atol=1e-5)
+    assert fits[0] != fits[1]
 
 
 def test_a_layer_that_is_not_stored_is_refused(made: tuple[ModelPair, StoredPair]) -> None:
