@@ -70,7 +70,7 @@ class ActivationsFold:
             moments.add(vector_ND.float().cpu().numpy())
             writer = self._writers[side, layer]
             if writer is not None:
-                writer.add(block, vector_ND)
+                writer.add(block, vector_ND.clone())  # the writer keeps them, the pass writes its next batch over the block's
 
     def finish(self) -> Tables:
         """Closes the files; one row per side and layer."""
