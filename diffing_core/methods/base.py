@@ -40,7 +40,7 @@ class Fold(Protocol):
     layers: tuple[int, ...]
 
     def update(self, block: TokenBlock) -> None:
-        """Adds one block of tokens; keeps sums, counts and short lists, never the block."""
+        """Adds one block of tokens; keeps sums, counts and short lists, never the block, over which the next is written."""
 
     def finish(self) -> Tables:
         """The tables, by name."""
