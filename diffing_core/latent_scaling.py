@@ -24,6 +24,7 @@ import numpy as np
 
 from diffing_core.lazy import torch
 from diffing_core.sampling import position_hash
+from diffing_core.settings import short_hash
 from diffing_core.sparse_code import SparseCode
 from diffing_core.stats import LEVEL
 from diffing_core.sums import float64_device
@@ -78,6 +79,11 @@ class LatentScaling:
         """Tokens on which each latent was active."""
         return self._active_BF.sum(0).cpu().numpy().astype(np.int64)
 
+    @property
+    def squares_F(self) -> np.ndarray:
+        """Σ f_j² of each latent."""
+        return self._squares_BF.sum(0).cpu().numpy()
+
     def beta(self, target: str, direction: str, own_FD: Any | None = None) -> np.ndarray:
         """β of every latent, float64 [F]; NaN where it was never active or has no direction.
 
@@ -126,7 +132,7 @@ def jackknifed_ratio(above_BF: np.ndarray, below_BF: np.ndarray, read_B: np.ndar
 
 def random_directions(like_FD: Any, seed: int) -> Any:
     """Random vectors with the norms of these: a control, along which every β must be about zero."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(int(short_hash(["control", seed], 8), 16))  # not those a dictionary may start with
     random_FD = torch.randn(like_FD.shape, generator=draw).to(like_FD)
     return random_FD * (like_FD.norm(dim=1, keepdim=True) / random_FD.norm(dim=1, keepdim=True))
 

@@ -96,6 +96,6 @@ class Batches:
                 yield rows.base_ND, rows.tuned_ND
 
 
-def pieces(rows: PairedRows, size: int) -> Iterator[tuple[Any, Any]]:
-    """Both models' activations, `size` rows at a time."""
-    yield from zip(torch.split(rows.base_ND, size), torch.split(rows.tuned_ND, size), strict=True)
+def pieces(rows: PairedRows, size: int, most: int) -> Iterator[tuple[Any, Any]]:
+    """Both models' activations of the first `most` rows, `size` at a time."""
+    yield from zip(rows.base_ND[:most].split(size), rows.tuned_ND[:most].split(size), strict=True)

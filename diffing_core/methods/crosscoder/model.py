@@ -21,6 +21,7 @@ import numpy as np
 
 from diffing_core.lazy import torch
 from diffing_core.methods.crosscoder.partition import Partition
+from diffing_core.sparse_code import SparseCode
 
 Sparsity = Literal["batch_topk", "l1"]
 SIDES = ("base", "tuned")
@@ -101,8 +102,19 @@ class Crosscoder:
     def encode(self, activation_MND: Pair) -> Any:
         """The code of raw activations, [N, F]: values whose score is above θ. Does not depend on other tokens."""
         with torch.no_grad():
-            code_NF = self.drive(self.scaled(activation_MND)).relu_()
-            return code_NF.mul_(code_NF * self.cost_F() > self.threshold)
+            drive_NF = self.drive(self.scaled(activation_MND))
+            return drive_NF.mul_(drive_NF > self.bound_F())
+
+    def sparse(self, scaled_MND: Pair) -> SparseCode:
+        """The entries of `encode`, of scaled activations, without its dense array."""
+        with torch.no_grad():
+            drive_NF = torch.addmm(self.bias_F, scaled_MND[0], self.encoder_MDF[0]).addmm_(scaled_MND[1], self.encoder_MDF[1])
+            return SparseCode.above(drive_NF, self.bound_F())
+
+    def bound_F(self) -> Any:
+        """The code's value above which a latent is active: θ over its cost; a latent without a decoder never is."""
+        cost_F = self.cost_F().detach()
+        return torch.where(cost_F > 0, self.threshold / cost_F, torch.inf)
 
     def decode(self, code_NF: Any) -> list[Any]:
         """x̂_m, in scaled units."""
