@@ -73,4 +73,4 @@ def _product(start_R1: Any, column_A: Any, value_A: Any, matrix_CD: Any) -> Any:
     with warnings.catch_warnings():  # torch calls this layout a beta, once per process
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
         shape = (len(start_R1) - 1, len(matrix_CD))
-        return torch.sparse_csr_tensor(start_R1, column_A, value_A, shape) @ matrix_CD
+        return torch.sparse_csr_tensor(start_R1, column_A, value_A, shape, check_invariants=False) @ matrix_CD

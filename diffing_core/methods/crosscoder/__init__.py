@@ -155,10 +155,11 @@ class _Layer:
                 "removed_share": effect.removed,
                 "removed_share_low": effect.removed_interval and effect.removed_interval.low,
                 "removed_share_high": effect.removed_interval and effect.removed_interval.high,
+                "reconstruction_kl_nats": effects[-1].kl_nats,
                 "n_tokens": n_tokens,
                 "n_sequences": n_sequences,
             }
-            for condition, effect in zip(tried, effects, strict=True)
+            for condition, effect in zip(tried[:-1], effects[:-1], strict=True)
         ]
         return CAUSAL.table({name: [row[name] for row in rows] for name in CAUSAL.schema.names})
 

@@ -2,7 +2,8 @@
 
     add      h = h_base  + Σ_{j∈S} f_j (d_j^tuned − d_j^base)      the base's stream with their contribution
     remove   h = h_tuned − Σ_{j∈S} f_j (d_j^tuned − d_j^base)      the tuned model's own without it
-    replace  h = ĥ_tuned                                           its reconstruction from all latents
+    δ̂        h = h_base  + ĥ_tuned − ĥ_base                        `add` of all latents and of the decoders' biases
+    ĥ        h = ĥ_tuned                                           what the crosscoder itself loses, for comparison
 
 The tuned model's blocks above the layer run on h, and KL(p_tuned ‖ p_patched) is averaged over the tokens; S empty and
 `add` is the base's stream as it is, against which the removed share is counted. Intervals are of a bootstrap over
@@ -30,6 +31,7 @@ from diffing_core.sampling import position_hash
 from diffing_core.stats import LEVEL, Interval
 
 RESAMPLES = 2000
+WHOLE = ("all and biases", "reconstruction")
 
 
 class Condition(NamedTuple):
@@ -50,7 +52,10 @@ class Effect(NamedTuple):
 
 
 def conditions(sets: Mapping[str, np.ndarray], candidates: np.ndarray, everything: np.ndarray, seed: int) -> list[Condition]:
-    """All that is tried: nothing, everything, each set, and beside it as many random latents of `candidates` not in it."""
+    """All that is tried: nothing, everything, each set, and beside it as many random latents of `candidates` not in it.
+
+    The first is `none`, the last the reconstruction.
+    """
     draw = np.random.default_rng(seed)
     found = [Condition("none", "add", everything[:0])]
     for name, latents in {"all": everything, **sets}.items():
@@ -59,7 +64,7 @@ def conditions(sets: Mapping[str, np.ndarray], candidates: np.ndarray, everythin
         if name != "all" and len(latents) and len(others):
             control = np.sort(draw.permutation(others)[: len(latents)])
             found += [Condition(f"random as {name}", action, control) for action in ("add", "remove")]
-    return [*found, Condition("all", "replace", everything)]
+    return [*found, Condition("all and biases", "add", everything), Condition("reconstruction", "replace", everything)]
 
 
 def causal_effects(
@@ -111,8 +116,9 @@ def _patched(
     kl = []
     for condition in tried:
         state_ND = _state(crosscoder, condition, base_ND.float(), tuned_ND.float(), code_NF)
-        if condition.action == "replace":
-            state_ND = torch.where(read_N1, state_ND, tuned_ND.float())
+        if condition.name in WHOLE:  # has a part of its own at tokens that the crosscoder does not read
+            own_ND = tuned_ND if condition.action == "replace" else base_ND
+            state_ND = torch.where(read_N1, state_ND, own_ND.float())
         patched_NV = _logprobs(reading, layer, batch, state_ND.to(tuned_ND))
         kl_N = (own_NV.exp() * (own_NV - patched_NV)).sum(-1).clamp(min=0)
         kl.append(kl_N.cpu().double().numpy())
@@ -120,8 +126,9 @@ def _patched(
 
 
 def _state(crosscoder: Crosscoder, condition: Condition, base_ND: Any, tuned_ND: Any, code_NF: Any) -> Any:
-    if condition.action == "replace":
-        return crosscoder.reconstruct(code_NF)[1].to(tuned_ND)
+    if condition.name in WHOLE:
+        rebuilt_MND = [each_ND.to(tuned_ND) for each_ND in crosscoder.reconstruct(code_NF)]
+        return rebuilt_MND[1] if condition.action == "replace" else base_ND + (rebuilt_MND[1] - rebuilt_MND[0])
     chosen = torch.from_numpy(np.asarray(condition.latents, np.int64)).to(code_NF.device)
     base_FD, tuned_FD = crosscoder.directions()
     moved_ND = (code_NF[:, chosen] @ (tuned_FD[chosen] - base_FD[chosen])).to(base_ND)

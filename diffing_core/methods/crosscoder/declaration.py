@@ -107,8 +107,7 @@ CAUSAL = TableSpec(
     (
         LAYER,
         Column("set", "string", "Which latents; `random as X` is a control of X's size.", role="key"),
-        Column("action", "string", "add to the base's stream, remove from the tuned one's, or replace it by its reconstruction.",
-               role="key"),
+        Column("action", "string", "add to the base's stream, or remove from the tuned one's.", role="key"),
         Column("n_latents", "int32", "Latents in the set.", role="count", low=0),
         Column("kl_nats", "float64", "KL(tuned ‖ tuned model going on from the patched stream), mean.", "nats/token", "effect", low=0),
         Column("kl_nats_low", "float64", "Bootstrap over documents, 95 %.", "nats/token", "effect", low=0),
@@ -116,6 +115,8 @@ CAUSAL = TableSpec(
         Column("removed_share", "float64", "1 − kl_nats / that of the base's whole stream; null where that is 0.", nullable=True),
         Column("removed_share_low", "float64", "Bootstrap over documents, 95 %.", nullable=True),
         Column("removed_share_high", "float64", "Bootstrap over documents, 95 %.", nullable=True),
+        Column("reconstruction_kl_nats", "float64", "The same KL from the crosscoder's reconstruction of the tuned stream.", "nats/token",
+               low=0),
         Column("n_tokens", "int64", "Tokens.", role="count", low=0),
         Column("n_sequences", "int32", "Documents.", role="count", low=0),
     ),

@@ -147,11 +147,11 @@ class Training:
     def measures(self, losses: Losses) -> Measures:
         """Numbers of a batch, fetched from the device."""
         fvu_M = [
-            float(squared) / max(variance, 1e-30)
+            float(squared.detach()) / max(variance, 1e-30)
             for squared, variance in zip(losses.squared_error_M, self.variance_M, strict=True)
         ]
         l0 = float((losses.code_NF > 0).sum()) / len(losses.code_NF)
-        return Measures(float(losses.total), float(losses.aux), *fvu_M, l0, float(self.dead_F.float().mean()))
+        return Measures(float(losses.total.detach()), float(losses.aux.detach()), *fvu_M, l0, float(self.dead_F.float().mean()))
 
     def _aux_loss(self, drive_NF: Any, error_MND: Pair) -> Any:
         """Share of the error that the D/2 best dead latents leave; zero without dead latents or without error."""
