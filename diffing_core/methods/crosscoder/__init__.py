@@ -164,14 +164,19 @@ class _Layer:
         return CAUSAL.table({name: [row[name] for row in rows] for name in CAUSAL.schema.names})
 
     def _sets(self) -> dict[str, np.ndarray]:
-        """Latents by class of Latent Scaling and by decoder norm, and those that are listed."""
-        scaling, norm = (np.asarray(self._latents[name].to_pylist(), object) for name in ("scaling_class", "norm_class"))
-        alive_F = ~self._latents["is_dead"].to_numpy(zero_copy_only=False)
-        return {
-            "tuned_only by scaling": np.flatnonzero(np.isin(scaling, SPECIFIC) & alive_F),
-            "tuned_only by norm": np.flatnonzero((norm == "tuned_only") & alive_F),
+        """Latents by Latent Scaling (class, and half by rank), by decoder norm, and those that are listed; none empty."""
+        columns = {name: np.asarray(self._latents[name].to_pylist(), object) for name in ("scaling_class", "norm_class", "rank_sum")}
+        ranked = np.flatnonzero(columns["rank_sum"] != None)  # noqa: E711 - elementwise
+        ranked = ranked[np.argsort(columns["rank_sum"][ranked].astype(np.int64), kind="stable")]
+        half = round(self._settings.causal_share * len(ranked))
+        sets = {
+            "tuned_only by scaling": np.flatnonzero(np.isin(columns["scaling_class"], SPECIFIC)),
+            "tuned_only by norm": np.flatnonzero((columns["norm_class"] == "tuned_only") & (self._seen.n_active_F.cpu().numpy() > 0)),
+            "most tuned by scaling": np.sort(ranked[:half]),
+            "least tuned by scaling": np.sort(ranked[half:]),
             "listed": np.sort(self._listed()),
         }
+        return {name: latents for name, latents in sets.items() if len(latents)}
 
 
 def run(inputs: Inputs, settings: CrosscoderSettings) -> Tables:

@@ -137,7 +137,9 @@ def _state(crosscoder: Crosscoder, condition: Condition, base_ND: Any, tuned_ND:
 
 def _logprobs(reading: FitReading, layer: int, batch: TokenBatch, state_ND: Any) -> Any:
     """log p of the tuned model when block `layer` gives these states at the valid tokens, float32 [N, V]."""
-    tuned = reading.context.tuned
+    tuned, n_seen = reading.context.tuned, reading.context.vocab_size
+    if layer == reading.context.n_layers - 1:  # nothing above it but norm and head
+        return tuned.readout(state_ND)[:, :n_seen].float().log_softmax(-1)
     token_BT = torch.from_numpy(batch.token_BT).to(tuned.device)
     mask_BT = torch.from_numpy(batch.mask_BT).to(tuned.device)
     valid_N = torch.from_numpy(np.flatnonzero(batch.mask_BT)).to(tuned.device)
@@ -147,8 +149,8 @@ def _logprobs(reading: FitReading, layer: int, batch: TokenBatch, state_ND: Any)
 
     with edited_residual(tuned, layer, edit):
         hidden_BTD = tuned.backbone(token_BT, mask_BT)
-    logits_NV = tuned.logits(hidden_BTD.flatten(0, 1).index_select(0, valid_N))[:, : reading.context.vocab_size]
-    return logits_NV.float().log_softmax(-1)
+    logits_NV = tuned.logits(hidden_BTD.flatten(0, 1).index_select(0, valid_N))
+    return logits_NV[:, :n_seen].float().log_softmax(-1)
 
 
 def _effects(sum_CS: np.ndarray, count_S: np.ndarray, seed: int) -> list[Effect]:
