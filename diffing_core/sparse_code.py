@@ -51,7 +51,7 @@ class SparseCode:
     def sums(self, value_A: Any | None = None) -> Any:
         """Sum per latent of a number of each entry, by default how many there are; float64 [F]."""
         each_A = torch.ones_like(self.value_A) if value_A is None else value_A
-        return torch.bincount(self.latent_A, each_A.double(), minlength=self.n_latents)
+        return torch.bincount(self.latent_A, each_A.double(), minlength=self.n_latents).double()
 
     def maxima(self) -> Any:
         """Largest value of each latent, [F]; zero where it is silent."""
