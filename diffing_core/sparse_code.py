@@ -34,10 +34,10 @@ class SparseCode:
         if code_NF.device.type == "cpu":  # NumPy finds the places ten times faster
             place_A = torch.from_numpy(np.flatnonzero(mask_NF.numpy()))
         else:
-            place_A = mask_NF.view(-1).nonzero().squeeze(1)
+            place_A = mask_NF.reshape(-1).nonzero().squeeze(1)
         start_N1 = torch.zeros(len(code_NF) + 1, dtype=torch.int64, device=code_NF.device)
         start_N1[1:] = mask_NF.sum(1).cumsum(0)
-        return cls(start_N1, place_A % code_NF.shape[1], code_NF.view(-1)[place_A], code_NF.shape[1])
+        return cls(start_N1, place_A % code_NF.shape[1], code_NF.reshape(-1)[place_A], code_NF.shape[1])
 
     def __len__(self) -> int:
         return len(self.start_N1) - 1
