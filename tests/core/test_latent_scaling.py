@@ -53,7 +53,9 @@ def test_beta_is_least_squares_for_every_latent_and_target() -> None:
 
 
 def test_a_direction_of_one_model_has_ratio_zero_and_a_common_one_ratio_one() -> None:
-    code_NF, direction_FD, activation_ND = world()
+    code_NF, direction_FD, _ = world()
+    direction_FD = torch.linalg.qr(direction_FD.T).Q.T
+    activation_ND = code_NF @ direction_FD
     only_tuned = torch.arange(F) < 2
     base_ND = activation_ND - code_NF[:, only_tuned] @ direction_FD[only_tuned]
     found = scaling(code_NF, {"d": direction_FD}, {"base": base_ND, "tuned": activation_ND})

@@ -51,9 +51,10 @@ class World:
         return (self.direction_PD[planted] @ unit_FD.T).argmax(1).numpy()
 
 
-def begun(world: World, plan: Plan, kind: str = "plain", **scales: float) -> Training:
-    """A training at its start, inputs scaled to length √D."""
+def begun(world: World, plan: Plan, kind: str = "plain", same: bool = False, **scales: float) -> Training:
+    """A training at its start, inputs scaled to length √D; `same`: of the base with itself."""
     base_ND, tuned_ND = world.batch(8192, 10**6)
+    tuned_ND = base_ND if same else tuned_ND
     scale = WIDTH**0.5 / float(base_ND.norm(dim=1).mean())
     scale_M = (scales.get("base", scale), scales.get("tuned", scale))
     pairs = list(zip((base_ND, tuned_ND), scale_M, strict=True))
@@ -204,16 +205,16 @@ def test_threshold_is_the_same_however_tokens_are_batched() -> None:
 def test_l1_is_the_sparser_the_larger_its_weight() -> None:
     world = World()
     l0 = []
-    for weight in (0.0, 0.02, 0.2):
-        crosscoder = trained(world, 150, sparsity="l1", l1=weight).crosscoder
+    for weight in (0.0, 0.1, 0.5):
+        crosscoder = trained(world, 200, sparsity="l1", l1=weight).crosscoder
         l0.append(float((crosscoder.encode(world.batch(2048, 3)) > 0).sum(1).float().mean()))
-    assert l0[0] > 1.3 * l0[1] > 1.3 * l0[2]
+    assert l0[0] > 1.2 * l0[1] and l0[1] > 1.2 * l0[2], l0
 
 
-def with_dead_latents(plan_changes: dict, bias: float = -30.0) -> tuple[World, Training]:
+def with_dead_latents(plan_changes: dict, bias: float = -16.0) -> tuple[World, Training]:
     """Half of the latents begin far below zero: no token reaches them."""
     world = World()
-    training = begun(world, Plan(**{"steps": 300, "learning_rate": 3e-3, "k": K, "dead_after_steps": 5} | plan_changes))
+    training = begun(world, Plan(**{"steps": 250, "learning_rate": 3e-3, "k": K, "dead_after_steps": 5} | plan_changes))
     with torch.no_grad():
         training.parameters["bias"][: LATENTS // 2] = bias
     return world, training
@@ -227,7 +228,7 @@ def test_auxiliary_loss_brings_dead_latents_back() -> None:
         train(training, world.epoch, lambda *_: None)
         dead[weight] = float(training.dead_F.float().mean())
     assert dead[0.0] >= 0.5
-    assert dead[1 / 32] <= 0.1
+    assert dead[1 / 32] <= 0.2
 
 
 def test_auxiliary_loss_reaches_the_returned_loss_once_and_no_bias() -> None:
@@ -237,8 +238,8 @@ def test_auxiliary_loss_reaches_the_returned_loss_once_and_no_bias() -> None:
     scaled_MND = training.crosscoder.scaled(world.batch(512, 0))
     losses = training.losses(scaled_MND)
     reconstruction = sum(losses.squared_error_M) / sum(training.variance_M)
-    assert float(losses.aux) > 0
-    assert float(losses.total) == pytest.approx(float(reconstruction + 0.25 * losses.aux), rel=1e-5)
+    assert losses.aux.item() > 0
+    assert losses.total.item() == pytest.approx((reconstruction + 0.25 * losses.aux).item(), rel=1e-5)
     named = training.parameters
     gradients = dict(zip(named, torch.autograd.grad(losses.aux, list(named.values()), allow_unused=True), strict=True))
     for name in ("encoder.base", "encoder.tuned", "decoder.base", "decoder.tuned", "bias"):
@@ -264,7 +265,7 @@ def test_latents_that_are_active_are_counted_as_live() -> None:
 
 def test_identical_models_keep_equal_decoders_to_the_last_bit() -> None:
     world = World()
-    training = begun(world, Plan(steps=40, learning_rate=3e-3, k=K, dead_after_steps=3))
+    training = begun(world, Plan(steps=40, learning_rate=3e-3, k=K, dead_after_steps=3), same=True)
     train(training, lambda epoch: ((base_ND, base_ND.clone()) for base_ND, _ in world.epoch(epoch)), lambda *_: None)
     crosscoder = training.crosscoder
     assert torch.equal(*crosscoder.decoder_MFD) and torch.equal(*crosscoder.encoder_MDF)
@@ -384,7 +385,7 @@ def test_some_latents_alone_have_the_code_that_they_have_among_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("delta", "name"), [(0.0, "base_only"), (0.1, "other"), (0.4, "shared"), (0.6, "shared"), (0.7, "other"), (0.9, "other"), (0.95, "tuned_only"), (1.0, "tuned_only")]
+    ("delta", "name"), [(0.0, "base_only"), (0.1, "base_only"), (0.2, "other"), (0.4, "shared"), (0.6, "shared"), (0.7, "other"), (0.9, "tuned_only"), (1.0, "tuned_only")]
 )  # fmt: skip
 def test_classes_by_norm(delta: float, name: str) -> None:
     assert norm_class(delta) == name
