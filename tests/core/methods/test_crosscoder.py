@@ -211,10 +211,10 @@ def test_l1_is_the_sparser_the_larger_its_weight() -> None:
     assert l0[0] > 1.2 * l0[1] and l0[1] > 1.2 * l0[2], l0
 
 
-def with_dead_latents(plan_changes: dict, bias: float = -16.0) -> tuple[World, Training]:
+def with_dead_latents(plan_changes: dict, bias: float = -30.0) -> tuple[World, Training]:
     """Half of the latents begin far below zero: no token reaches them."""
     world = World()
-    training = begun(world, Plan(**{"steps": 250, "learning_rate": 3e-3, "k": K, "dead_after_steps": 5} | plan_changes))
+    training = begun(world, Plan(**{"steps": 450, "learning_rate": 3e-3, "k": K, "dead_after_steps": 5} | plan_changes))
     with torch.no_grad():
         training.parameters["bias"][: LATENTS // 2] = bias
     return world, training
