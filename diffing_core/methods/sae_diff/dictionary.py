@@ -11,7 +11,7 @@ Suffixes: N rows, D model width, F latents.
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,9 +70,18 @@ class Dictionary:
             k=int(state["k"]),
         )
 
+    def calibrated(self, rows_ND: Any) -> "Dictionary":
+        """The same with the threshold that lets k latents per row fire on these rows; as many as can where they are fewer.
+
+        The trainer's own threshold lags behind the decoder, by more the shorter the run.
+        """
+        dense_V = self._dense(rows_ND).flatten()
+        largest_V = dense_V.topk(min(self.k * len(rows_ND) + 1, len(dense_V)), sorted=False).values
+        return replace(self, threshold=float(largest_V.min()))
+
     def encode(self, rows_ND: Any) -> Any:
         """Activations [N, F], in the rows' unit."""
-        dense_NF = torch.relu(torch.addmm(self.bias_F, rows_ND.float() - self.centre_D, self.encoder_FD.T))
+        dense_NF = self._dense(rows_ND)
         return dense_NF * (dense_NF > self.threshold)
 
     def decode(self, active_NF: Any) -> Any:
@@ -85,6 +94,9 @@ class Dictionary:
         for start in range(0, len(rows_ND), piece):
             place = slice(start, start + piece)
             yield place, self.encode(rows_ND[place])
+
+    def _dense(self, rows_ND: Any) -> Any:
+        return torch.relu(torch.addmm(self.bias_F, rows_ND.float() - self.centre_D, self.encoder_FD.T))
 
     def to(self, device: Any) -> "Dictionary":
         """The same on another device."""

@@ -56,9 +56,9 @@ class Material:
             moments.add(self.vectors(rows).numpy())
         return moments
 
-    def some_held_out(self) -> Any:
-        """At most MEASURED_ROWS held-out vectors, drawn from all over; None where no row is held out."""
-        first = next(self.part("held_out").shuffled(MEASURED_ROWS, seed=0), None)
+    def some(self, part: str) -> Any:
+        """At most MEASURED_ROWS vectors of a part, drawn from all over; None where it has no rows."""
+        first = next(self.part(part).shuffled(MEASURED_ROWS, seed=0), None)
         return None if first is None else self.vectors(first)
 
 
@@ -101,7 +101,7 @@ class _Run:
         self.step, self.log = 0, []
         if self.checkpoint.exists():
             self.step, self.log = load_checkpoint(self.checkpoint, self.trainer, self.config)
-        held_ND = material.some_held_out()
+        held_ND = material.some("held_out")
         self._held_ND = None if held_ND is None else scaling.apply(held_ND.to(device))
         self.measured: dict[str, float] = self._latest()
 
@@ -163,7 +163,7 @@ def _train(run: _Run, file: Path) -> None:
                     advance(1, loss=loss, **run.measured)
                     if run.step % CHECKPOINT_STEPS == 0:
                         run.save()
-            dictionary = Dictionary.folded(run.trainer.ae.state_dict(), run.scaling)
+            dictionary = Dictionary.folded(run.trainer.ae.state_dict(), run.scaling).calibrated(run.material.some("fit"))
             dictionary.save(file, run.config | {"log": run.log})
             finished = True
             run.checkpoint.unlink(missing_ok=True)
