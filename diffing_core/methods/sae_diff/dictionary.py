@@ -98,6 +98,12 @@ class Dictionary:
     def _dense(self, rows_ND: Any) -> Any:
         return torch.relu(torch.addmm(self.bias_F, rows_ND.float() - self.centre_D, self.encoder_FD.T))
 
+    def only(self, latent_X: np.ndarray) -> "Dictionary":
+        """The dictionary of the chosen latents, in their order."""
+        at_X = torch.from_numpy(latent_X.copy()).to(self.bias_F.device)
+        rows = (each[at_X] for each in (self.encoder_FD, self.bias_F, self.decoder_FD))
+        return Dictionary(*rows, self.centre_D, threshold=self.threshold, k=self.k)
+
     def to(self, device: Any) -> "Dictionary":
         """The same on another device."""
         tensors = (each.to(device) for each in (self.encoder_FD, self.bias_F, self.decoder_FD, self.centre_D))

@@ -12,7 +12,7 @@ Suffixes: N rows, D model width, F latents, B blocks of sequences.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,27 @@ from diffing_core.methods.sae_diff.training import Material
 
 BLOCKS = 20
 LEAST_BETA, LEAST_FIRINGS = 0.05, 100
+
+
+class Ratio(NamedTuple):
+    """β_base / β_tuned of every latent with its 95 % interval."""
+
+    value_F: np.ndarray
+    low_F: np.ndarray
+    high_F: np.ndarray
+
+    @classmethod
+    def jackknifed(cls, base_BF: np.ndarray, tuned_BF: np.ndarray) -> "Ratio":
+        """Ratio of sums, and the normal interval of leaving one block out at a time (Efron 1982)."""
+        ratio_F = _divided(base_BF.sum(0), tuned_BF.sum(0))
+        without_BF = _divided(base_BF.sum(0) - base_BF, tuned_BF.sum(0) - tuned_BF)
+        spread_F = np.square(without_BF - without_BF.mean(0)).sum(0)
+        half_F = 1.96 * np.sqrt(spread_F * (len(base_BF) - 1) / len(base_BF))
+        return cls(ratio_F, ratio_F - half_F, ratio_F + half_F)
+
+    def where(self, known_F: np.ndarray) -> "Ratio":
+        """NaN elsewhere."""
+        return Ratio(*(np.where(known_F, each_F, np.nan) for each_F in self))
 
 
 @dataclass(frozen=True)
@@ -37,8 +58,17 @@ class Latents:
     total_energy: float
     beta_base_F: np.ndarray
     beta_tuned_F: np.ndarray
-    ratio_F: np.ndarray
-    ratio_error_F: np.ndarray
+    ratio: Ratio
+
+    @property
+    def mean_F(self) -> np.ndarray:
+        """Mean activation where it fires."""
+        return _divided(self.sum_F, self.n_fires_F.astype(np.float64))
+
+    @property
+    def weight_F(self) -> np.ndarray:
+        """Energy share times frequency: by it latents are ranked."""
+        return self.energy_share_F * self.frequency_F
 
     @property
     def frequency_F(self) -> np.ndarray:
@@ -59,9 +89,7 @@ class Latents:
         square_BF, base_BF, tuned_BF = (each.cpu().numpy() for each in (sums.square_BF, sums.base_BF, sums.tuned_BF))
         n_fires_F = sums.n_fires_F.cpu().numpy()
         beta_tuned_F = _divided(tuned_BF.sum(0), square_BF.sum(0))
-        ratio_F, error_F = _jackknifed_ratio(base_BF, tuned_BF)
-        unknown_F = (n_fires_F < LEAST_FIRINGS) | ~(np.abs(beta_tuned_F) >= LEAST_BETA)
-        ratio_F[unknown_F] = error_F[unknown_F] = np.nan
+        known_F = (n_fires_F >= LEAST_FIRINGS) & (np.abs(beta_tuned_F) >= LEAST_BETA)
         return cls(
             n_tokens=sums.n_tokens,
             n_fires_F=n_fires_F,
@@ -71,8 +99,7 @@ class Latents:
             total_energy=sums.energy,
             beta_base_F=_divided(base_BF.sum(0), square_BF.sum(0)),
             beta_tuned_F=beta_tuned_F,
-            ratio_F=ratio_F,
-            ratio_error_F=error_F,
+            ratio=Ratio.jackknifed(base_BF, tuned_BF).where(known_F),
         )
 
 
@@ -103,14 +130,6 @@ class _Sums:
             self.square_BF.index_add_(0, block_N[place], active_NF.double().square())
             for sums_BF, side_ND in ((self.base_BF, base_ND), (self.tuned_BF, tuned_ND)):
                 sums_BF.index_add_(0, block_N[place], active_NF.double() * (side_ND[place] @ dictionary.decoder_FD.T))
-
-
-def _jackknifed_ratio(base_BF: np.ndarray, tuned_BF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ratio of the sums and its standard error, leaving out one block at a time (Efron 1982)."""
-    ratio_F = _divided(base_BF.sum(0), tuned_BF.sum(0))
-    without_BF = _divided(base_BF.sum(0) - base_BF, tuned_BF.sum(0) - tuned_BF)
-    spread_F = np.square(without_BF - without_BF.mean(0)).sum(0)
-    return ratio_F, np.sqrt(spread_F * (len(base_BF) - 1) / len(base_BF))
 
 
 def _divided(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
