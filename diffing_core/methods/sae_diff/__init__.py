@@ -118,7 +118,8 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
     fit = tables[FIT.name].to_pylist()[0]
     shown: dict[str, float | int | str] = {"difference_energy": fit["difference_energy"], "n_latents": fit["n_latents"]}
     shown |= {name: fit[name] for name in ("fvu", "l0", "dead_share") if fit[name] is not None}
-    return shown | {"first_token": row["token"] for row in tables[TOKENS.name].slice(0, 1).to_pylist()}
+    first = tables[TOKENS.name]["token"].to_pylist()[:1]
+    return shown | ({"first_token": first[0]} if first else {})
 
 
 METHOD = Method(

@@ -38,9 +38,7 @@ def load_checkpoint(file: Path, trainer: Any, config: dict[str, Any]) -> tuple[i
     with safe_open(file, framework="pt", device=str(trainer.device)) as stored:
         facts = json.loads(stored.metadata()["facts"])
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a file, no dict
-    if facts["config"] != config:
-        found = {name: value for name, value in facts["config"].items() if config.get(name) != value}
-        raise StorageError(f"{file} belongs to another training ({found}); delete it and run again")
+    check_same(file, facts["config"], config)
     trainer.ae.load_state_dict(_below("weights.", tensors))
     adam: dict[int, dict[str, Any]] = {}
     for name, tensor in _below("adam.", tensors).items():
@@ -55,6 +53,13 @@ def load_checkpoint(file: Path, trainer: Any, config: dict[str, Any]) -> tuple[i
         group["lr"] = rate * factor(step)
     trainer.num_tokens_since_fired = tensors["tokens_since_fired"].to(torch.long)
     return step, facts["log"]
+
+
+def check_same(file: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises StorageError unless a file was written under the expected configuration, the statistics of its input included."""
+    differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if differing:
+        raise StorageError(f"{file} belongs to another training: {', '.join(differing)} differ; delete it and run again")
 
 
 def _below(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:

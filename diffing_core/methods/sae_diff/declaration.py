@@ -43,7 +43,7 @@ class SaeDiffSettings(SteeringSettings):
 
 
 LAYER = Column("layer", "int32", "Block whose output was read, from 0.", role="key")
-TRAINED_ON = Column("trained_on", "string", "What the autoencoder rebuilds: difference (tuned − base), base or tuned.", role="key")
+TRAINED_ON = Column("trained_on", "string", "What is rebuilt: difference (tuned − base), base or tuned.", role="key")
 LATENT = Column("latent", "int32", "Number of the latent, from 0.", role="key", low=0)
 
 FIT = TableSpec(
@@ -55,7 +55,7 @@ FIT = TableSpec(
         TRAINED_ON,
         Column("n_fit_tokens", "int64", "Tokens to train on.", role="count"),
         Column("n_held_out_tokens", "int64", "Tokens held out.", role="count"),
-        Column("difference_energy", "float64", "Mean ‖tuned − base‖² over the tokens to train on.", f"({UNIT})²", "effect", low=0),
+        Column("difference_energy", "float64", "Mean ‖tuned − base‖² of the tokens to train on.", f"({UNIT})²", "effect", low=0),
         Column("variance", "float64", "Total variance of what is rebuilt; nothing is trained where all rows are equal.",
                f"({UNIT})²", low=0),
         Column("n_latents", "int32", "Latents; 0 if nothing was trained.", role="count"),

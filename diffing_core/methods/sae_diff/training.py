@@ -16,7 +16,7 @@ from typing import Any
 from diffing_core.activation_pairs import PairedActivations, PairedRows, Selection
 from diffing_core.interrupts import held_interrupts
 from diffing_core.lazy import torch
-from diffing_core.methods.sae_diff.checkpoint import load_checkpoint, save_checkpoint
+from diffing_core.methods.sae_diff.checkpoint import check_same, load_checkpoint, save_checkpoint
 from diffing_core.methods.sae_diff.dictionary import Dictionary, Scaling
 from diffing_core.methods.sae_diff.plan import Plan
 from diffing_core.progress import track
@@ -75,27 +75,31 @@ def trained(material: Material, plan: Plan, scaling: Scaling, folder: Path, devi
     """Trains, goes on from a checkpoint, or loads what the folder holds already.
 
     Raises:
-        StorageError: the folder holds the checkpoint of another training.
+        StorageError: what the folder holds is of another training: other rows, or other settings.
     """
     file = folder / f"{material.name}.safetensors"
+    config = {
+        "trained_on": material.column,
+        "layer": material.layer,
+        **plan.config(),
+        "mean": scaling.mean_D.tolist(),
+        "variance": scaling.variance,
+    }
     if not file.exists():
-        _train(_Run(material, plan, scaling, folder, device), file)
-    dictionary, config = Dictionary.load(file)
-    return Trained(dictionary, config, config.pop("log"))
+        _train(_Run(material, plan, scaling, config, folder, device), file)
+    dictionary, found = Dictionary.load(file)
+    log = found.pop("log")
+    check_same(file, found, config)
+    return Trained(dictionary, config, log)
 
 
 class _Run:
     """One training between two steps: trainer, step, log."""
 
-    def __init__(self, material: Material, plan: Plan, scaling: Scaling, folder: Path, device: Any) -> None:
-        self.material, self.plan, self.scaling = material, plan, scaling
-        self.config = {
-            "trained_on": material.column,
-            "layer": material.layer,
-            **plan.config(),
-            "mean": scaling.mean_D.tolist(),
-            "variance": scaling.variance,
-        }
+    def __init__(
+        self, material: Material, plan: Plan, scaling: Scaling, config: dict[str, Any], folder: Path, device: Any
+    ) -> None:
+        self.material, self.plan, self.scaling, self.config = material, plan, scaling, config
         self.checkpoint = folder / f"{material.name}.checkpoint.safetensors"
         self.trainer = plan.trainer(device)
         self.step, self.log = 0, []
@@ -103,7 +107,7 @@ class _Run:
             self.step, self.log = load_checkpoint(self.checkpoint, self.trainer, self.config)
         held_ND = material.some("held_out")
         self._held_ND = None if held_ND is None else scaling.apply(held_ND.to(device))
-        self.measured: dict[str, float] = self._latest()
+        self.measured = self._latest()
 
     def batches(self) -> Any:
         """What is left of the batches, in the order that the seed decides."""
