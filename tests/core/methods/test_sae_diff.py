@@ -25,7 +25,7 @@ from diffing_core.methods import get_method
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.sae_diff.dictionary import Dictionary, Scaling
 from diffing_core.methods.sae_diff.fit import Fit
-from diffing_core.methods.sae_diff.latents import BLOCKS, Latents, Ratio
+from diffing_core.methods.sae_diff.latents import Latents
 from diffing_core.methods.sae_diff.plan import Plan
 from diffing_core.methods.sae_diff.training import Material, Trained, trained
 from diffing_core.models import ModelPair, Subject
@@ -178,19 +178,6 @@ def test_what_only_the_tuned_model_has_gets_a_ratio_of_zero_and_a_scaled_one_its
     assert (ratio.low_F <= ratio.value_F).all()
     assert (ratio.value_F <= ratio.high_F).all()
     assert (ratio.high_F - ratio.low_F < 0.05).all()
-
-
-def test_the_interval_leaves_out_one_block_of_texts_at_a_time() -> None:
-    draw = np.random.default_rng(0)
-    base_BF, tuned_BF = draw.random((BLOCKS, 3)), 1 + draw.random((BLOCKS, 3))
-    ratio = Ratio.jackknifed(base_BF, tuned_BF)
-    for latent in range(3):
-        without = [
-            np.delete(base_BF[:, latent], block).sum() / np.delete(tuned_BF[:, latent], block).sum() for block in range(BLOCKS)
-        ]
-        error = np.sqrt((BLOCKS - 1) / BLOCKS * np.sum((np.array(without) - np.mean(without)) ** 2))
-        assert ratio.high_F[latent] - ratio.value_F[latent] == pytest.approx(1.96 * error)
-        assert ratio.value_F[latent] == pytest.approx(base_BF[:, latent].sum() / tuned_BF[:, latent].sum())
 
 
 def test_latents_counted_in_pieces_are_those_of_all_rows(toy: Toy, learned: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
