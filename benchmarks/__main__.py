@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from benchmarks import mining, platform, storage, stream, weights
+from benchmarks import mining, platform, sae, storage, stream, weights
 from benchmarks.figure import write
 from diffing_core.settings import diffing_home
 
@@ -21,6 +21,7 @@ BENCHMARKS = (
     storage.parquet,
     storage.encodings,
     weights.lora_spectrum,
+    sae.sae_training,
 )
 
 

@@ -257,9 +257,9 @@ def test_two_data_sets_of_one_shape_share_no_statistics_as_the_toolkits_cache_ke
     other = Toy(tmp_path / "other", seed=1)
     ours, theirs = (Scaling.of(each.material().moments()) for each in (toy, other))
     assert np.abs(ours.mean_D - theirs.mean_D).max() > 1e-3
-    fitted(toy.material(), tmp_path / "result")
+    fitted(toy.material(), tmp_path / "result", epochs=0.3)
     with pytest.raises(StorageError, match="another training: mean, variance differ"):
-        fitted(other.material(), tmp_path / "result")
+        fitted(other.material(), tmp_path / "result", epochs=0.3)
 
 
 def test_a_checkpoint_of_other_data_or_settings_is_refused(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
