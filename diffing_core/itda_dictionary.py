@@ -138,7 +138,8 @@ def grown(start: Dictionary, unit_ND: Any, how: Construction, advance: Advance =
     for begin in range(0, len(unit_ND), how.batch_rows):
         batch_ND = unit_ND[begin : begin + how.batch_rows]
         if len(found) < limit:
-            poor_A = np.flatnonzero((how.pursuit.cosine(batch_ND, found.atom_ID) < how.min_cosine).cpu().numpy())
+            expressed_N = how.pursuit.expresses(batch_ND, found.atom_ID, how.min_cosine)
+            poor_A = np.flatnonzero(~expressed_N.cpu().numpy())
             found = _with_new(found, batch_ND[poor_A], begin + poor_A, how, limit)
         advance(len(batch_ND), atoms=len(found))
     return found

@@ -19,6 +19,7 @@ from diffing_core.lazy import torch
 
 VALUES_TOGETHER = 2**22  # inner products held at a time
 NEGLIGIBLE = 1e-6  # a row of which no more than this share is left has no further step
+SPANNED = 1e-4  # length that an atom must have beside those chosen before it
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Code:
     def reconstruction(self, atom_ID: Any) -> Any:
         """What the atoms add up to, [N, D]."""
         total_ND = self.coefficient_NK.new_zeros(len(self.atom_NK), atom_ID.shape[1])
-        for atom_N, coefficient_N in zip(self.atom_NK.T, self.coefficient_NK.T, strict=True):
+        for atom_N, coefficient_N in zip(self.atom_NK.T, self.coefficient_NK.T, strict=True) if len(atom_ID) else ():
             total_ND += coefficient_N[:, None] * atom_ID[atom_N.clamp(min=0)]
         return total_ND
 
@@ -59,29 +60,46 @@ class Pursuit:
         parts = [self._encoded(part_ND, atom_ID) for part_ND in self._chunks(row_ND, atom_ID)]
         return Code(torch.cat([part.atom_NK for part in parts]), torch.cat([part.coefficient_NK for part in parts]))
 
-    def cosine(self, row_ND: Any, atom_ID: Any) -> Any:
-        """Cosine of each row with its reconstruction, [N]; 0 where the code is empty."""
-        if not len(atom_ID):
-            return row_ND.new_zeros(len(row_ND))
-        return torch.nn.functional.cosine_similarity(row_ND, self.encode(row_ND, atom_ID).reconstruction(atom_ID), dim=1)
+    def expresses(self, row_ND: Any, atom_ID: Any, min_cosine: float) -> Any:
+        """Which rows come, at some step of theirs, to that cosine with their reconstruction, bool [N]."""
+        parts = [self._expressed(part_ND, atom_ID, min_cosine) for part_ND in self._chunks(row_ND, atom_ID)]
+        return torch.cat(parts)
 
     def _chunks(self, row_ND: Any, atom_ID: Any) -> Iterator[Any]:
         yield from row_ND.split(max(1, VALUES_TOGETHER // max(len(atom_ID), self.steps * row_ND.shape[1])))
 
+    def _state(self, row_ND: Any) -> "_Plain":
+        return (_Orthogonal if self.orthogonal else _Plain)(row_ND, self.steps)
+
     def _encoded(self, row_ND: Any, atom_ID: Any) -> Code:
-        state = _Orthogonal(row_ND, self.steps) if self.orthogonal else _Plain(row_ND, self.steps)
-        floor_N = NEGLIGIBLE * row_ND.norm(dim=1)
-        for step in range(self.steps):
-            product_NI = state.residual_ND @ atom_ID.T
-            if self.orthogonal and step:
-                product_NI.scatter_(1, state.atom_NK[:, :step].clamp(min=0), 0.0)
-            chosen_N = (product_NI if self.non_negative else product_NI.abs()).argmax(1)
-            product_N = product_NI.gather(1, chosen_N[:, None])[:, 0]
-            moves_N = (product_N if self.non_negative else product_N.abs()) > floor_N
-            if not moves_N.any():
+        state, floor_N = self._state(row_ND), NEGLIGIBLE * row_ND.norm(dim=1)
+        for step in range(self.steps if len(atom_ID) else 0):
+            if not self._step(state, step, atom_ID, floor_N):
                 break
-            state.take(step, torch.where(moves_N, chosen_N, -1), torch.where(moves_N, product_N, 0.0), atom_ID[chosen_N])
         return Code(state.atom_NK, state.coefficients())
+
+    def _expressed(self, row_ND: Any, atom_ID: Any, min_cosine: float) -> Any:
+        """Rows that are there are not looked at any longer: most are after a step or two."""
+        reached_N = torch.zeros(len(row_ND), dtype=torch.bool, device=row_ND.device)
+        state, floor_N, open_N = self._state(row_ND), NEGLIGIBLE * row_ND.norm(dim=1), torch.arange(len(row_ND), device=row_ND.device)
+        for step in range(self.steps if len(atom_ID) else 0):
+            if not self._step(state, step, atom_ID, floor_N):
+                break
+            there_N = torch.nn.functional.cosine_similarity(row_ND, row_ND - state.residual_ND, dim=1) >= min_cosine
+            reached_N[open_N[there_N]] = True
+            state.only(~there_N)
+            row_ND, floor_N, open_N = row_ND[~there_N], floor_N[~there_N], open_N[~there_N]
+        return reached_N
+
+    def _step(self, state: "_Plain", step: int, atom_ID: Any, floor_N: Any) -> bool:
+        """One choice of every row; whether any row had one."""
+        product_NI = state.residual_ND @ atom_ID.T
+        if self.orthogonal and step:
+            product_NI.scatter_(1, state.atom_NK[:, :step].clamp(min=0), 0.0)
+        largest_N, chosen_N = (product_NI if self.non_negative else product_NI.abs_()).max(1)
+        moves_N = largest_N > floor_N
+        state.take(step, torch.where(moves_N, chosen_N, -1), atom_ID[chosen_N])
+        return bool(moves_N.any())
 
 
 class _Plain:
@@ -90,30 +108,34 @@ class _Plain:
     def __init__(self, row_ND: Any, steps: int) -> None:
         self.residual_ND = row_ND.clone()
         self.atom_NK = torch.full((len(row_ND), steps), -1, dtype=torch.int64, device=row_ND.device)
-        self._product_NK = row_ND.new_zeros(len(row_ND), steps)
+        self._part_NK = row_ND.new_zeros(len(row_ND), steps)
 
-    def take(self, step: int, atom_N: Any, product_N: Any, chosen_ND: Any) -> None:
-        """One choice of every row; −1 and 0 for rows that have ended."""
-        self.atom_NK[:, step], self._product_NK[:, step] = atom_N, product_N
-        self.residual_ND -= product_N[:, None] * chosen_ND
+    def take(self, step: int, atom_N: Any, chosen_ND: Any) -> None:
+        """One choice of every row; −1 for rows that have ended."""
+        part_N = (self.residual_ND * chosen_ND).sum(1) * (atom_N >= 0)
+        self.atom_NK[:, step], self._part_NK[:, step] = atom_N, part_N
+        self.residual_ND -= part_N[:, None] * chosen_ND
+
+    def only(self, kept_N: Any) -> None:
+        """Leaves out the other rows."""
+        for name, value in vars(self).items():
+            setattr(self, name, value[kept_N])
 
     def coefficients(self) -> Any:
         """[N, K]."""
-        return self._product_NK
+        return self._part_NK
 
 
-class _Orthogonal:
-    """The same of orthogonal matching pursuit: atoms are A = R Q with Q orthonormal and R lower triangular."""
+class _Orthogonal(_Plain):
+    """The same of orthogonal matching pursuit: the chosen atoms are R Q, Q orthonormal [K, D] and R lower triangular."""
 
     def __init__(self, row_ND: Any, steps: int) -> None:
-        self.residual_ND = row_ND.clone()
-        self.atom_NK = torch.full((len(row_ND), steps), -1, dtype=torch.int64, device=row_ND.device)
+        super().__init__(row_ND, steps)
         self._basis_NKD = row_ND.new_zeros(len(row_ND), steps, row_ND.shape[1])
         self._factor_NKK = torch.eye(steps, dtype=row_ND.dtype, device=row_ND.device).repeat(len(row_ND), 1, 1)
-        self._part_NK = row_ND.new_zeros(len(row_ND), steps)
 
-    def take(self, step: int, atom_N: Any, _product_N: Any, chosen_ND: Any) -> None:
-        """One choice of every row; an atom that the chosen ones already span ends the row's."""
+    def take(self, step: int, atom_N: Any, chosen_ND: Any) -> None:
+        """One choice of every row; an atom that the chosen ones already span counts for none."""
         known_NKD = self._basis_NKD[:, :step]
         rest_ND, along_NK = chosen_ND.clone(), chosen_ND.new_zeros(len(chosen_ND), step)
         for _ in range(2 if step else 0):
@@ -121,16 +143,14 @@ class _Orthogonal:
             rest_ND -= torch.bmm(inner_NK[:, None], known_NKD)[:, 0]
             along_NK += inner_NK
         length_N = rest_ND.norm(dim=1)
-        moves_N = (atom_N >= 0) & (length_N > 1e-4)
-        unit_ND = torch.where(moves_N[:, None], rest_ND / length_N.clamp(min=1e-4)[:, None], 0.0)
-        part_N = (self.residual_ND * unit_ND).sum(1)
-        self.residual_ND -= part_N[:, None] * unit_ND
-        self.atom_NK[:, step] = torch.where(moves_N, atom_N, -1)
-        self._basis_NKD[:, step], self._part_NK[:, step] = unit_ND, part_N
-        self._factor_NKK[:, step, :step] = torch.where(moves_N[:, None], along_NK, 0.0)
+        moves_N = (atom_N >= 0) & (length_N > SPANNED)
+        unit_ND = rest_ND * (moves_N / length_N.clamp(min=SPANNED))[:, None]
+        super().take(step, torch.where(moves_N, atom_N, -1), unit_ND)
+        self._basis_NKD[:, step] = unit_ND
+        self._factor_NKK[:, step, :step] = along_NK * moves_N[:, None]
         self._factor_NKK[:, step, step] = torch.where(moves_N, length_N, 1.0)
 
     def coefficients(self) -> Any:
-        """[N, K]: Rᵀ c = parts of the row along the basis."""
+        """[N, K]: Rᵀ c = the row's parts along the basis."""
         upper_NKK = self._factor_NKK.transpose(1, 2)
         return torch.linalg.solve_triangular(upper_NKK, self._part_NK[:, :, None], upper=True)[:, :, 0]

@@ -77,7 +77,19 @@ def test_codes_do_not_depend_on_how_rows_are_cut(orthogonal: bool, monkeypatch: 
     torch.testing.assert_close(together.coefficient_NK, apart.coefficient_NK, atol=1e-6, rtol=1e-5)
 
 
-def test_cosine_is_that_of_row_and_reconstruction_and_zero_without_atoms() -> None:
-    row_ND = torch.tensor([[3.0, 4.0]])
-    assert Pursuit(1).cosine(row_ND, torch.eye(2)).tolist() == pytest.approx([0.8])
-    assert Pursuit(1).cosine(row_ND, torch.zeros(0, 2)).tolist() == [0.0]
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_a_row_is_expressed_once_its_reconstruction_reaches_the_cosine(orthogonal: bool) -> None:
+    row_ND, atom_ID = unit_rows(200, 12, 8), unit_rows(30, 12, 9)
+    reached_N = torch.zeros(200, dtype=torch.bool)
+    for steps in range(1, 5):
+        rebuilt_ND = Pursuit(steps, orthogonal).encode(row_ND, atom_ID).reconstruction(atom_ID)
+        reached_N |= torch.nn.functional.cosine_similarity(row_ND, rebuilt_ND) >= 0.9
+    assert 0.2 < reached_N.float().mean() < 0.9
+    assert torch.equal(Pursuit(4, orthogonal).expresses(row_ND, atom_ID, 0.9), reached_N)
+
+
+def test_nothing_is_expressed_by_no_atoms() -> None:
+    row_ND, no_atoms = torch.tensor([[3.0, 4.0]]), torch.zeros(0, 2)
+    assert Pursuit(1).expresses(row_ND, torch.eye(2), 0.8).tolist() == [True]  # (0, 4): cosine 0.8
+    assert Pursuit(1).expresses(row_ND, no_atoms, 0.0).tolist() == [False]
+    assert Pursuit(1).encode(row_ND, no_atoms).reconstruction(no_atoms).tolist() == [[0.0, 0.0]]
