@@ -27,6 +27,7 @@ UPSTREAM = {
     Need.ACTIVATIONS: dg.AssetKey(["activations", "paired"]),
     Need.MODELS: None,
     Need.WEIGHTS: None,
+    Need.FOLDER: None,
     Need.PEERS: None,  # a new finetune adds its own rows; it does not make those of all others stale
 }
 KINDS = {"stream": "pytorch", "fit": "parquet", "live": "huggingface", "weights": "safetensors"}

@@ -6,7 +6,7 @@ a notebook, without registry, lake or disk.
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -235,17 +235,26 @@ def _failing(outcomes: Collection[Outcome], pairs: Sequence[ModelPair]) -> Itera
 def _ran(
     pair: ModelPair, method: Method, settings: Settings, registry: Registry, lake: Lake, store: Path
 ) -> Outcome:
-    """A method that is no stream method, on one pair; the data that it read is part of the result's identity."""
+    """A method that is no stream method, on one pair."""
     outcome = Outcome(pair.pair, method)
     settings = settled(settings, pair.pair, registry)
     suppliers = _suppliers(pair, registry, store)
+    key = cache(lambda: _key_with_data(pair, method, settings, suppliers))
+    suppliers[Need.FOLDER] = lambda: lake.folder(key())
     result = timed_run(pair, method, settings, Inputs(method, suppliers))
+    _store(outcome, key() if result.error is None else run_key(pair, method, settings), result, lake)
+    return outcome
+
+
+def _key_with_data(
+    pair: ModelPair, method: Method, settings: Settings, suppliers: Mapping[Need, Callable[[], Any]]
+) -> RunKey:
+    """The data that a method reads is part of its result's identity."""
     key = run_key(pair, method, settings)
-    for need in method.needs & {Need.ACTIVATIONS, Need.PEERS} if result.error is None else ():
+    for need in sorted(method.needs & {Need.ACTIVATIONS, Need.PEERS}, key=str):
         data = suppliers[need]()
         key = key.with_corpus(data.name, data.content_hash)
-    _store(outcome, key, result, lake)
-    return outcome
+    return key
 
 
 def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, Any]:

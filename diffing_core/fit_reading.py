@@ -3,16 +3,19 @@
 The corpora of a pair are read as one: sequence numbers count through them in their order.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from diffing_core.activation_pairs import PairedRows, StoredPair
+from diffing_core.activations import ROWS_PER_GROUP
 from diffing_core.blocks import Side, StreamContext, TokenBlock
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, ProbeSequence, TokenBatch
 from diffing_core.direction_lens import SAMPLED_TOKENS, DirectionLens
+from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.models import ModelPair
 from diffing_core.sampling import position_hash
@@ -25,6 +28,7 @@ class FitReading:
 
     def __init__(self, pair: ModelPair, stored: StoredPair, min_probability: float = 1e-8) -> None:
         self._min_probability = min_probability
+        self._stored = stored
         sequences = [sequence for corpus in stored.corpora for sequence in corpus.sequences]
         whole = ProbeCorpus(stored.name, tuple(sequences), len(sequences), skip_first_tokens=stored.corpora[0].skip_first_tokens)
         self._first_C = np.cumsum([0, *(len(corpus.sequences) for corpus in stored.corpora)])
@@ -37,6 +41,32 @@ class FitReading:
             d_model=pair.base.d_model,
             vocab_size=pair.common_vocab,
         )
+
+    def layers(self, wanted: Sequence[int | float] | None) -> tuple[int, ...]:
+        """Those of the wanted layers, None being all that are stored.
+
+        Raises:
+            NotComputableError: one of them is not stored.
+        """
+        stored = self._stored.layers
+        if wanted is None:
+            return stored
+        picked = self.context.pick_layers(wanted)
+        missing = sorted(set(picked) - set(stored))
+        if missing:
+            raise NotComputableError(
+                f"layer(s) {missing} of {self._stored.name} are not stored, only {list(stored)}; materialize `activations` "
+                "with these layers, or choose among the stored ones"
+            )
+        return picked
+
+    def mean_norm(self, layer: int) -> float:
+        """Mean ‖h_base‖ at a stored layer, over the first rows of every corpus: the unit of steering strengths."""
+        norms = [
+            file.base.rows(0, min(ROWS_PER_GROUP, file.n_rows)).vector_ND.float().norm(dim=-1).double()
+            for file in self._stored.at(layer).files
+        ]
+        return float(torch.cat(norms).mean())
 
     def sequence_N(self, rows: PairedRows) -> np.ndarray:
         """Number of each row's sequence among all corpora's."""

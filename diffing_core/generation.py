@@ -22,8 +22,9 @@ Shapes: B samples, T positions, V vocabulary. Prompts are padded on the left.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from diffing_core.drawing import drawn, entropy_of, uniforms
 from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.models import Subject
-from diffing_core.progress import track
+from diffing_core.progress import Advance, track
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 DOCUMENT_MARK = "doc:"
 NO_TEMPLATE = "the tokenizer has no chat template"
 BATCH_SIZE = 128
+Around = Callable[[Sequence[int]], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,12 @@ def generate(
     sampling: Sampling,
     seed: int,
     batch_size: int = BATCH_SIZE,
+    around: Around | None = None,
 ) -> list[Generation]:
     """Answers of the subject, by prompt and within it by sample; what it has written already is not written again.
+
+    `around` gives the context in which a batch is written, from the numbers of its rows (prompt · n + sample): for who
+    intervenes in the forward, row by row. Such answers are not remembered, and equal prompts are answered one by one.
 
     Raises:
         NotComputableError: a chat prompt without a chat template, or that the template refuses, or an empty document
@@ -138,11 +144,14 @@ def generate(
     asked = [(ids[index], entropy_of_sample(prompts[index], sample, seed)) for index, sample in rows]
     stops = stop_ids(tokenizer, subject)
     keys = [(tuple(prompt), entropy, replace(sampling, n=1), tuple(stops)) for prompt, entropy in asked]
+    if around is not None:
+        subject, keys = subject.local(), list(enumerate(keys))
     new = [row for row, key in enumerate(keys) if key not in subject.written]
     with track(len(new), "samples", "generating") as advance:
         due = [asked[row] for row in new]
         if subject.served is None:
-            answers = _answers(subject, due, sampling, stops, pad_id(tokenizer, stops), batch_size, advance)
+            writing = _Writing(sampling, stops, pad_id(tokenizer, stops), batch_size, around or _nothing)
+            answers = _answers(subject, due, writing, advance)
         else:
             answers = serving.answers(subject, due, sampling, stops, advance)
     subject.written.update({keys[row]: answer for row, answer in zip(new, answers, strict=True)})
@@ -152,28 +161,40 @@ def generate(
     ]
 
 
+def _nothing(_rows: Sequence[int]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+class _Writing(NamedTuple):
+    """How the engine transformers writes."""
+
+    sampling: Sampling
+    stops: list[int]
+    pad: int
+    batch_size: int
+    around: Around
+
+
 def _answers(
     subject: Subject,
     asked: Sequence[tuple[list[int], int]],
-    sampling: Sampling,
-    stops: list[int],
-    pad: int,
-    batch_size: int,
-    advance: Callable[[int], None],
+    writing: _Writing,
+    advance: Advance,
 ) -> list[list[int]]:
     """The engine transformers: token ids, in the order of `asked`; what follows a stop token has no meaning."""
     made: dict[int, list[int]] = {}
     by_length = sorted(range(len(asked)), key=lambda row: len(asked[row][0]))
     with subject.active() as model:
-        for start in range(0, len(asked), batch_size):
-            chosen = by_length[start : start + batch_size]
+        for start in range(0, len(asked), writing.batch_size):
+            chosen = by_length[start : start + writing.batch_size]
             token_BT, mask_BT = left_padded([asked[row][0] for row in chosen], subject.device)
-            output_BT = model.generate(
-                input_ids=token_BT,
-                attention_mask=mask_BT,
-                generation_config=_config(sampling, stops, pad),
-                logits_processor=_processors(sampling, [asked[row][1] for row in chosen], token_BT),
-            )
+            with writing.around(chosen):
+                output_BT = model.generate(
+                    input_ids=token_BT,
+                    attention_mask=mask_BT,
+                    generation_config=_config(writing.sampling, writing.stops, writing.pad),
+                    logits_processor=_processors(writing.sampling, [asked[row][1] for row in chosen], token_BT),
+                )
             made |= dict(zip(chosen, output_BT[:, token_BT.shape[1] :].tolist(), strict=True))
             advance(len(chosen))
     return [made[row] for row in range(len(asked))]

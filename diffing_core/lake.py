@@ -2,7 +2,8 @@
 
 `lake/<table>/<method>/<pair>/<step>.<corpus>@<settings_id>.parquet`, one file per table and run. A file is
 written beside its place under a hidden name and renamed, so a reader sees the old rows or the new ones,
-never half of either; running again replaces the same files. The row in `runs` is written last.
+never half of either; running again replaces the same files. The row in `runs` is written last. What is no table, such as fitted
+weights, lies in `lake/_files/<method>/<pair>/<run_id>`.
 """
 
 import os
@@ -23,6 +24,7 @@ from diffing_core.settings import Settings
 from diffing_core.tables import TableSpec
 
 SEED = "_schema.parquet"
+FILES = "_files"
 SAME_RESULT = ("version", "settings_id", "model_revision", "adapter_hash")
 
 
@@ -36,6 +38,12 @@ class Lake:
         """Where the rows of one table and run lie."""
         name = f"{key.step}.{key.corpus}@{key.settings_id}.parquet"
         return self.root / spec.name / key.method / key.pair.key / name
+
+    def folder(self, key: RunKey) -> Path:
+        """A folder for what a result keeps beside its tables; no other identity's. What an interrupted run left is there."""
+        folder = self.root / FILES / key.method / key.pair.key / key.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def write(self, spec: TableSpec, key: RunKey, table: pa.Table) -> Path:
         """Stores the rows of one table, replacing what an earlier run of the same settings left."""

@@ -1,23 +1,41 @@
-"""Progress of long work: a bar in a terminal, log lines with rate and remaining time elsewhere."""
+"""Progress of long work: a bar in a terminal, log lines with rate and remaining time elsewhere.
+
+    with track(n_steps, "steps", "crosscoder") as advance:
+        advance(1, loss=0.31, l0=31.8)
+"""
 
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 LOG_EVERY_S = 10.0
 logger = logging.getLogger(__name__)
 
 
+class Advance(Protocol):
+    """To be called with each amount of work done, and with what was measured of it."""
+
+    def __call__(self, amount: int, **measures: float) -> None:
+        """Adds the amount; the last measures are shown beside it."""
+
+
 @contextmanager
-def track(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
-    """Gives a function to be called with each amount of work done."""
+def track(total: int, unit: str, what: str) -> Iterator[Advance]:
+    """Shows work until `total` is reached or the block ends."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(total=total, unit=f" {unit}", desc=what, leave=False) as bar:
-            yield bar.update
+
+            def advance(amount: int, **measures: float) -> None:
+                if measures:
+                    bar.set_postfix_str(_told(measures), refresh=False)
+                bar.update(amount)
+
+            yield advance
         return
     yield _Lines(total, unit, what).add
 
@@ -30,7 +48,7 @@ class _Lines:
         self._done = 0
         self._began = self._said = time.monotonic()
 
-    def add(self, amount: int) -> None:
+    def add(self, amount: int, **measures: float) -> None:
         self._done += amount
         now = time.monotonic()
         if now - self._said < LOG_EVERY_S and self._done < self._total:
@@ -38,6 +56,9 @@ class _Lines:
         self._said = now
         rate = self._done / max(now - self._began, 1e-9)
         left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "just begun"
-        logger.info(
-            "%s: %d of %d %s, %.1f %s/s, %s", self._what, self._done, self._total, self._unit, rate, self._unit, left
-        )
+        line = f"{self._what}: {self._done} of {self._total} {self._unit}, {rate:.1f} {self._unit}/s, {left}"
+        logger.info("%s", f"{line}; {_told(measures)}" if measures else line)
+
+
+def _told(measures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in measures.items())

@@ -24,7 +24,7 @@ class ActivationsSettings(Settings):
     """Knobs of `activations`."""
 
     layers: tuple[int | float, ...] | None = Field(
-        (0.5,), description="Blocks to store; a fraction r means floor(r · (L − 1)); none means all."
+        (0.5, 0.75, 1.0), description="Blocks to store; a fraction r means floor(r · (L − 1)); none means all."
     )
 
 

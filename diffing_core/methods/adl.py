@@ -22,6 +22,7 @@ from pydantic import Field
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.direction_lens import DirectionLens
 from diffing_core.findings import Finding
+from diffing_core.lens_tables import lens_spec, lens_table
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.position_labels import COUNTED_FROM, POSITION, PositionLabels
 from diffing_core.settings import Settings
@@ -59,21 +60,10 @@ VECTORS = TableSpec(
         Column("vector", "list<float32>", "δ̄ itself.", "activation units", "effect", signed=True),
     ),
 )
-TOKENS = TableSpec(
+TOKENS = lens_spec(
     "adl_tokens",
     "Tokens that the mean activation difference promotes or suppresses.",
-    ("layer", "counted_from", "position", "head", "direction", "rank"),
-    (
-        LAYER,
-        COUNTED_FROM,
-        POSITION,
-        Column("head", "string", "Whose norm and head decode: base or tuned.", role="key"),
-        Column("direction", "string", "promoted (p⁺) or suppressed (p⁻).", role="key"),
-        Column("rank", "int32", "1 is likeliest.", role="key"),
-        Column("token_id", "int32", "Vocabulary index."),
-        Column("token", "string", "The token as text."),
-        Column("probability", "float64", "p⁺ or p⁻.", "", low=0, high=1.0001),
-    ),
+    (LAYER, COUNTED_FROM, POSITION),
 )
 
 STATES = TableSpec(
@@ -144,7 +134,7 @@ class AdlFold:
         states = {"base": base_XD, "tuned": base_XD + delta_XD}
         return {
             VECTORS.name: vectors,
-            TOKENS.name: self._token_table(places, delta_XD),
+            TOKENS.name: lens_table(TOKENS, self._lens, self._context, delta_XD, places, self._settings.top_tokens),
             STATES.name: self._state_table(places, states),
         }
 
@@ -161,22 +151,6 @@ class AdlFold:
             columns["probability"] += listed.probability_MK.reshape(-1).tolist()
         columns["token"] = self._context.token_texts(columns["token_id"])
         return STATES.table(columns)
-
-    def _token_table(self, places: dict[str, list[Any]], delta_XD: np.ndarray) -> pa.Table:
-        rows = np.flatnonzero(delta_XD.any(1))
-        columns: dict[str, list[Any]] = {name: [] for name in TOKENS.schema.names}
-        for head in ("base", "tuned") if len(rows) else ():
-            for direction, listed in self._lens.read(head, delta_XD[rows], self._settings.top_tokens).items():
-                n_listed = listed.token_MK.shape[1]
-                for name, values in places.items():
-                    columns[name] += [values[row] for row in rows for _ in range(n_listed)]
-                columns["head"] += [head] * listed.token_MK.size
-                columns["direction"] += [direction] * listed.token_MK.size
-                columns["rank"] += [*range(1, n_listed + 1)] * len(rows)
-                columns["token_id"] += listed.token_MK.reshape(-1).tolist()
-                columns["probability"] += listed.probability_MK.reshape(-1).tolist()
-        columns["token"] = self._context.token_texts(columns["token_id"])
-        return TOKENS.table(columns)
 
 
 def findings(tables: Tables, settings: AdlSettings) -> list[Finding]:

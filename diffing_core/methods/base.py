@@ -31,6 +31,7 @@ class Need(Enum):
     MODELS = "models"  # both models, for generation or patching
     WEIGHTS = "weights"  # the stream of parameter deltas
     PEERS = "peers"  # weights of the other registered finetunes of the same base
+    FOLDER = "folder"  # not read but kept: a folder of this result alone, for checkpoints and fitted weights
 
 
 class Fold(Protocol):

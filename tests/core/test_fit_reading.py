@@ -1,6 +1,5 @@
 """What fit methods read with: corpora as one, and the lens of directions."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from diffing_core.activation_pairs import StoredPair
 from diffing_core.activations import ActivationStore
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
+from diffing_core.errors import NotComputableError
 from diffing_core.fit_reading import FitReading
 from diffing_core.methods import get_method
 from diffing_core.models import ModelPair, Subject
@@ -68,3 +68,27 @@ def test_layers_are_those_stored_for_both_models_and_every_corpus(made: tuple[Mo
     with pytest.raises(Exception, match=r"no layer is stored for both models on one\+two\+three; materialize `activations`"):
         more.layers  # noqa: B018
     assert more.content_hash != stored.content_hash
+
+
+def test_layers_are_chosen_by_depth_among_the_stored_ones(made: tuple[ModelPair, StoredPair]) -> None:
+    pair, stored = made
+    last = pair.base.n_layers - 1
+    reading = FitReading(pair, stored)
+    assert reading.layers(None) == stored.layers
+    assert reading.layers((1.0,)) == (last,)
+    for side in (stored.base, stored.tuned):
+        for corpus_of in stored.corpora:
+            moved = stored.store.file(side[0], corpus_of.content_hash, last, side[1])
+            moved.rename(moved.with_suffix(".aside"))
+    try:
+        with pytest.raises(NotComputableError, match=rf"layer\(s\) \[{last}\] of one\+two are not stored, only \[0"):
+            reading.layers((0, 1.0))
+    finally:
+        for aside in stored.store.root.rglob("*.aside"):
+            aside.rename(aside.with_suffix(".parquet"))
+
+
+def test_the_mean_norm_is_the_base_s(made: tuple[ModelPair, StoredPair]) -> None:
+    pair, stored = made
+    norms = torch.cat([rows.base_ND.float().norm(dim=-1) for rows in stored.at(1).blocks()])
+    assert FitReading(pair, stored).mean_norm(1) == pytest.approx(norms.double().mean().item(), rel=1e-6)

@@ -204,6 +204,18 @@ def test_a_variant_never_shares_a_result_with_another(lake: Lake) -> None:
     assert [current(lake, pair=pair) for pair in variants] == [[pair.variant] for pair in variants]
 
 
+def test_each_identity_has_a_folder_of_its_own_and_finds_it_again(lake: Lake) -> None:
+    others = [
+        replace(KEY, pair=Pair("m", "o", "other")), replace(KEY, corpus_hash="other tokens"), replace(KEY, settings_id="x"),
+        replace(KEY, adapter_hash="other"), replace(KEY, model_revision="other"), replace(KEY, version="2"),
+    ]  # fmt: skip
+    folders = [lake.folder(key) for key in (KEY, *others)]
+    assert len(set(folders)) == 1 + len(others)
+    (folders[0] / "weights").write_text("mine")
+    assert (lake.folder(KEY) / "weights").read_text() == "mine"
+    assert not any(list(folder.iterdir()) for folder in folders[1:])
+
+
 def test_hidden_files_are_never_read(lake: Lake) -> None:
     """A killed process leaves its half-written file beside the place."""
     path = lake.write(SCORES, KEY, scores("a"))

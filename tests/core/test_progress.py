@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+import time
 
 import pytest
 
@@ -53,6 +54,23 @@ def test_a_terminal_gets_a_bar_and_no_log_line(said: pytest.LogCaptureFixture, m
         done(100)
     assert "reading:" in terminal.getvalue()
     assert said.messages == []
+
+
+def test_what_was_measured_stands_beside_the_progress(said: pytest.LogCaptureFixture) -> None:
+    with track(2, "steps", "training") as done:
+        done(1, loss=0.5)
+        done(1, loss=0.25, l0=31.84)
+    [line] = said.messages
+    assert line.endswith("0 s left; loss 0.25, l0 31.84")
+
+
+def test_a_terminal_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with track(2, "steps", "training") as done:
+        time.sleep(0.2)  # a bar is drawn ten times a second at most
+        done(1, loss=0.25)
+    assert "loss 0.25" in terminal.getvalue()
 
 
 def test_an_error_inside_passes_through() -> None:

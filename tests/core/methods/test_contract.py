@@ -1,5 +1,6 @@
 """Promises that every method keeps, parametrised over the registry: a new method is covered unasked."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class Planted:
                 Need.WEIGHTS: lambda: weights,
                 Need.PEERS: lambda: peers,
                 Need.ACTIVATIONS: lambda: stored_activations(pair, probe, store),
+                Need.FOLDER: lambda: Path(tempfile.mkdtemp(dir=store)),
             }
             result = timed_run(pair, method, method.settings(), Inputs(method, suppliers))
         assert result.error is None, result.error
