@@ -126,7 +126,10 @@ def usable(token_N: np.ndarray, norms_SN: np.ndarray, special: Sequence[int], no
 
 
 def grown(start: Dictionary, unit_ND: Any, how: Construction, advance: Advance = _unwatched) -> Dictionary:
-    """One pass: `start` and the tokens among N that it, growing, does not express; at most `max_atoms` more.
+    """One pass: `start` and the tokens among N that neither it nor what it grew to expresses; at most `max_atoms` more.
+
+    `start` is asked too because a greedy code may be worse for atoms added meanwhile: without that, half the tokens added in
+    a later pass can be ones that `start` says well.
 
     An empty dictionary begins with the first tokens that are no near-duplicates of each other, as many as there are
     dimensions.
@@ -138,8 +141,9 @@ def grown(start: Dictionary, unit_ND: Any, how: Construction, advance: Advance =
     for begin in range(0, len(unit_ND), how.batch_rows):
         batch_ND = unit_ND[begin : begin + how.batch_rows]
         if len(found) < limit:
-            expressed_N = how.pursuit.expresses(batch_ND, found.atom_ID, how.min_cosine)
-            poor_A = np.flatnonzero(~expressed_N.cpu().numpy())
+            poor_A = _not_expressed(batch_ND, found, how)
+            if len(found) > len(start):
+                poor_A = poor_A[_not_expressed(batch_ND[poor_A], start, how)]
             found = _with_new(found, batch_ND[poor_A], begin + poor_A, how, limit)
         advance(len(batch_ND), atoms=len(found))
     return found
@@ -171,6 +175,12 @@ def jaccard(left: np.ndarray, right: np.ndarray) -> float:
     """Tokens that are atoms of both over those of either; 1 if neither has any."""
     n_both = len(np.intersect1d(left, right))
     return n_both / max(len(np.union1d(left, right)), 1) if len(left) or len(right) else 1.0
+
+
+def _not_expressed(row_ND: Any, atoms: Dictionary, how: Construction) -> np.ndarray:
+    """Which of the rows the atoms do not express, as numbers."""
+    expressed_N = how.pursuit.expresses(row_ND, atoms.atom_ID, how.min_cosine) if len(row_ND) else torch.zeros(0, dtype=torch.bool)
+    return np.flatnonzero(~expressed_N.cpu().numpy())
 
 
 def _with_new(found: Dictionary, row_AD: Any, token_A: np.ndarray, how: Construction, limit: int) -> Dictionary:
