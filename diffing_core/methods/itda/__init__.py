@@ -83,6 +83,6 @@ METHOD = Method(
         Figure("heatmap", "New atoms along the texts that they are from", PATTERNS, "offset", "tuned", "label"),
         Figure("bar", "New atoms by block", LAYERS, "layer", "excess_atoms"),
         Figure("bar", "Energy of new atoms", NEW_ATOMS, "token", "energy"),
-        Figure("heatmap", "Shared atoms of layers", SIMILARITY, "other_layer", "jaccard", "layer"),
+        Figure("heatmap", "Shared atoms of layers", SIMILARITY, "other_name", "jaccard", "name"),
     ),
 )

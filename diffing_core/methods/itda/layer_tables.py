@@ -3,6 +3,7 @@
 Suffixes: N tokens, I atoms, A new atoms, T tokens of the vocabulary listed.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,14 +82,13 @@ class LayerResult:
         """Rows of `itda_passes`."""
         staged = self.found.staged
         n_base, n_passes = staged.n_base, len(staged.n_after_pass)
-        rows = [("base", number, size) for number, size in enumerate(staged.n_after_pass, start=1)]
-        rows += [("null", n_passes + 1, n_base + len(staged.null_token_I)), ("tuned", n_passes + 1, len(staged.whole))]
-        rows += [("tuned_alone", 1, len(self.found.tuned_alone_I)), ("base_reordered", 1, len(self.found.reordered_I))]
-        before = {"base": dict(enumerate((0, *staged.n_after_pass), start=1))}
-        later = {"null": n_base, "tuned": n_base, "tuned_alone": 0, "base_reordered": 0}
+        sizes = (0, *staged.n_after_pass)
+        rows = [("base", number, *between) for number, between in enumerate(itertools.pairwise(sizes), start=1)]
+        rows += [("null", n_passes + 1, n_base, n_base + len(staged.null_token_I)), ("tuned", n_passes + 1, n_base, len(staged.whole))]
+        rows += [("tuned_alone", 1, 0, len(self.found.tuned_alone_I)), ("base_reordered", 1, 0, len(self.found.reordered_I))]
         return [
-            {"layer": self.layer, "side": side, "pass": number, "atoms": size, "added": size - before.get(side, {}).get(number, later.get(side))}
-            for side, number, size in rows
+            {"layer": self.layer, "side": side, "pass": number, "atoms": size, "added": size - before}
+            for side, number, before, size in rows
         ]
 
     def atom_columns(self, corpora: Sequence[str]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class LayerResult:
             "layer": [self.layer] * len(token_I),
             "atom": np.arange(len(token_I)).tolist(),
             "stage": ["base"] * staged.n_base + ["tuned"] * len(nulls),
-            "corpus": [corpora[number] for number in rows.corpus_N[token_I]],
+            "source_corpus": [corpora[number] for number in rows.corpus_N[token_I]],
             "sequence": rows.sequence_N[token_I].tolist(),
             "position": rows.position_N[token_I].tolist(),
             "token": self.sources.tokens(self.material, token_I),

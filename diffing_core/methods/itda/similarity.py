@@ -28,7 +28,8 @@ def _row(one: tuple[str, int], other: tuple[str, int], places: Mapping[tuple[str
     (side, layer), (other_side, other_layer) = one, other
     overlap = jaccard(places[one], places[other])
     keys = {"side": side, "layer": layer, "other_side": other_side, "other_layer": other_layer}
-    return keys | {"jaccard": overlap, "linear_cka": cka}
+    names = {"name": f"{side} {layer}", "other_name": f"{other_side} {other_layer}"}
+    return keys | names | {"jaccard": overlap, "linear_cka": cka}
 
 
 def _places(result: LayerResult, side: str) -> np.ndarray:
