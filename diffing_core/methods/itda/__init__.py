@@ -9,7 +9,7 @@ itself by its token and text. One more pass of the base is the null.
     published ordering    mean coefficient in the base's dictionary, tuned − base
     rotation              1 − cos of both models' vectors of the atom's token
     similarity            Jaccard index of the tokens that two dictionaries consist of; linear CKA
-    ablation              share of KL(tuned ‖ base) that goes when the tuned model's stream is encoded without the new atoms
+    ablation              share of KL(tuned ‖ base) that goes when the tuned model runs without the new atoms
 
 Reference: https://arxiv.org/abs/2505.17769; the staged diff with saturation and null is this project's.
 """
@@ -57,7 +57,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
     removed = [
         row["removed"]
         for row in tables[ABLATIONS.name].to_pylist()
-        if (row["layer"], row["ablated"], row["how"]) == (top["layer"], "new", "re_expressed")
+        if (row["layer"], row["ablated"], row["how"]) == (top["layer"], "new", "turned_back")
     ]
     found = {"excess_atoms": top["excess_atoms"], "base_atoms": top["base_atoms"], "at_layer": top["layer"]}
     return found | ({"kl_removed": removed[0]} if removed else {})

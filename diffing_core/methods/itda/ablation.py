@@ -1,17 +1,19 @@
 """What new atoms do: KL(tuned ‖ base) when the tuned model runs without them, from one layer on.
 
-    re_expressed   h ← h − (ĥ − ĥ'), ĥ its code over all atoms, ĥ' over all but the ablated: what no atom says stays
     omitted        h ← h − Σ over the ablated of C_j ‖h‖ a_j
+    turned_back    h ← h − Σ over the ablated of C_j ‖h‖ (v_j − w_j) / ‖u_j‖
     removed        1 − Σ KL(ablated ‖ base) / Σ KL(tuned ‖ base)
 
-An atom is a whole vector of a token, so that omitting one takes away what the models have in common, too; encoding anew does
-not. As many random base atoms are left out for comparison. Intervals: texts are drawn again, both ablations on the same draws.
+v_j and w_j are the tuned model's and the base's vector of the atom's token, u_j the one that the atom is. An atom is a whole
+vector, so that omitting it takes away what both models share, too, and may well raise the KL; turning it back takes away what
+tuning did to its token, as a swap of decoders does in a crosscoder. As many random base atoms are treated alike for comparison.
+Intervals: texts are drawn again, all ablations on the same draws.
 
 Shapes: B sequences, T positions, N tokens, D width, I atoms, S texts, R draws.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,16 +24,15 @@ from diffing_core.fit_reading import FitReading
 from diffing_core.interventions import edited_residual
 from diffing_core.itda_dictionary import Staged, unit
 from diffing_core.lazy import torch
+from diffing_core.methods.itda.material import Material
 from diffing_core.methods.itda.settings import ItdaSettings
-from diffing_core.pursuit import Pursuit
 
 TOKENS_PER_BATCH = 512
-WAYS = ("re_expressed", "omitted")
-Edit = Callable[[Any], Any]
+WAYS = ("omitted", "turned_back")
 
 
 class Effect(NamedTuple):
-    """Of one ablation: texts' summed KL [S] without and with it, as the tuned model is."""
+    """One ablation and each text's summed KL [S] with it."""
 
     ablated: str
     how: str
@@ -40,28 +41,46 @@ class Effect(NamedTuple):
 
 
 class Behaviour:
-    """Summed KL(tuned ‖ base) of some texts, with the tuned model's stream edited or not."""
+    """Summed KL(tuned ‖ base) of some texts, and the tuned model's residual stream at some layers.
 
-    def __init__(self, reading: FitReading, documents: Sequence[int]) -> None:
+    Attributes:
+        kl_S: nats of the tuned model as it is, summed over the tokens of each text that methods see.
+        states: layer -> one tensor [B, T, D] per batch.
+    """
+
+    def __init__(self, reading: FitReading, documents: Sequence[int], layers: Sequence[int]) -> None:
         self._context = reading.context
         corpus = reading.context.corpus
         self._first = corpus.first_seen_S[list(documents)]
         self._some = replace(corpus, sequences=tuple(corpus.sequences[document] for document in documents))
         self.n_tokens = int((np.asarray([len(each) for each in self._some.sequences]) - self._first).sum())
-        with torch.inference_mode():
-            self._base = [self._logprob_BTV("base", batch) for batch in self._batches()]
-        self.kl_S = self.kl()
+        self._base = [self._logprob_BTV("base", batch) for batch in self._batches()]
+        self.states: dict[int, list[Any]] = {layer: [] for layer in layers}
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(edited_residual(reading.context.tuned, layer, self._keep(layer)))
+            self.kl_S = self._kl()
 
-    def kl(self, layer: int | None = None, edit: Edit | None = None) -> np.ndarray:
-        """Nats summed over the tokens of each text that methods see, float64 [S]."""
+    def kl_without(self, layer: int, taken: Sequence[Any]) -> np.ndarray:
+        """The same KL [S] when this is taken off the residual stream at a layer, one tensor [B, T, D] per batch."""
+        left = iter(taken)
+        with edited_residual(self._context.tuned, layer, lambda hidden_BTD: hidden_BTD - next(left).to(hidden_BTD.dtype)):
+            return self._kl()
+
+    def _keep(self, layer: int) -> Any:
+        def keep(hidden_BTD: Any) -> Any:
+            self.states[layer].append(hidden_BTD)
+            return hidden_BTD
+
+        return keep
+
+    def _kl(self) -> np.ndarray:
         total_S = np.zeros(len(self._some.sequences))
-        around = nullcontext() if layer is None or edit is None else edited_residual(self._context.tuned, layer, edit)
-        with torch.inference_mode(), around:
-            for batch, base_BTV in zip(self._batches(), self._base, strict=True):
-                tuned_BTV = self._logprob_BTV("tuned", batch)
-                kl_BT = (tuned_BTV.exp() * (tuned_BTV - base_BTV)).sum(-1).double().cpu().numpy()
-                seen_BT = batch.mask_BT & (np.arange(batch.mask_BT.shape[1]) >= self._first[list(batch.sequences), None])
-                total_S[list(batch.sequences)] = (kl_BT * seen_BT).sum(1)
+        for batch, base_BTV in zip(self._batches(), self._base, strict=True):
+            tuned_BTV = self._logprob_BTV("tuned", batch)
+            kl_BT = torch.linalg.vecdot(tuned_BTV.exp(), tuned_BTV - base_BTV).double().cpu().numpy()
+            seen_BT = batch.mask_BT & (np.arange(batch.mask_BT.shape[1]) >= self._first[list(batch.sequences), None])
+            total_S[list(batch.sequences)] = (kl_BT * seen_BT).sum(1)
         return np.maximum(total_S, 0.0)
 
     def _batches(self) -> Iterator[TokenBatch]:
@@ -75,52 +94,41 @@ class Behaviour:
 
 
 class Ablation:
-    """Edits that take atoms of one layer's dictionary out of the residual stream."""
+    """Takes atoms of one layer's dictionary out of the residual stream; tokens before `first_position` stay as they are."""
 
-    def __init__(self, found: Staged, encoder: Pursuit, first_position: int) -> None:
-        self._found, self._encoder, self._first_position = found, encoder, first_position
+    def __init__(self, found: Staged, material: Material, settings: ItdaSettings) -> None:
+        self._found, self._settings = found, settings
+        token_I, n_base = found.whole.token_I, found.n_base
+        base_ID, tuned_ID = (vector_ND[token_I] for vector_ND in (material.base_ND, material.tuned_ND))
+        own_I = torch.cat([base_ID[:n_base], tuned_ID[n_base:]]).norm(dim=1, keepdim=True)
+        self._removed_ID = {"omitted": found.whole.atom_ID, "turned_back": (tuned_ID - base_ID) / own_I}
 
-    def effects(self, behaviour: Behaviour, layer: int, seed: int) -> list[Effect]:
-        """New atoms and as many random base atoms, both ways; none where there is no new atom."""
+    def effects(self, behaviour: Behaviour, layer: int) -> list[Effect]:
+        """New atoms and as many random base atoms, in all ways; none where there is no new atom."""
         new_I = self._found.new_I
+        if not len(new_I):
+            return []
         n_random = min(len(new_I), self._found.n_base)
-        random_I = np.random.default_rng(seed).choice(self._found.n_base, n_random, replace=False)
+        random_I = np.random.default_rng(self._settings.seed).choice(self._found.n_base, n_random, replace=False)
+        parts = [self.contributions(hidden_BTD) for hidden_BTD in behaviour.states[layer]]
         return [
-            Effect(name, how, len(atoms), behaviour.kl(layer, self.edit(atoms, how)))
-            for name, atoms in (("new", new_I), ("random", np.sort(random_I)))
+            Effect(name, how, len(atoms), behaviour.kl_without(layer, [self.taken(part_BTI, atoms, how) for part_BTI in parts]))
+            for name, atoms in (("new", new_I), ("random", random_I))
             for how in WAYS
-            if len(new_I)
         ]
 
-    def edit(self, atoms: np.ndarray, how: str) -> Edit:
-        """The function for `edited_residual`; positions before `first_position` are left as they are."""
-        change = self._re_expressed if how == "re_expressed" else self._omitted
-
-        def edit(hidden_BTD: Any) -> Any:
-            seen_BUD = hidden_BTD[:, self._first_position :]
-            vector_ND = seen_BUD.flatten(0, 1).float()
-            taken_ND = change(unit(vector_ND), atoms) * vector_ND.norm(dim=1, keepdim=True)
-            edited_BTD = hidden_BTD.clone()
-            edited_BTD[:, self._first_position :] = (vector_ND - taken_ND).view_as(seen_BUD).to(hidden_BTD.dtype)
-            return edited_BTD
-
-        return edit
-
-    def _re_expressed(self, unit_ND: Any, atoms: np.ndarray) -> Any:
-        """Only tokens whose code has such an atom are encoded anew: the others' codes would be the same."""
+    def contributions(self, hidden_BTD: Any) -> Any:
+        """C_j ‖h‖ of every atom at every token, [B, T, I]."""
         atom_ID = self._found.whole.atom_ID
-        code = self._encoder.encode(unit_ND, atom_ID)
-        uses_N = torch.isin(code.atom_NK, torch.from_numpy(atoms).to(unit_ND.device)).any(1)
-        kept = torch.from_numpy(np.setdiff1d(np.arange(len(atom_ID)), atoms)).to(unit_ND.device)
-        taken_ND = torch.zeros_like(unit_ND)
-        if uses_N.any():
-            anew_ND = self._encoder.encode(unit_ND[uses_N], atom_ID[kept]).reconstruction(atom_ID[kept])
-            taken_ND[uses_N] = code.reconstruction(atom_ID)[uses_N] - anew_ND
-        return taken_ND
+        vector_ND = hidden_BTD.flatten(0, 1).float()
+        part_NI = self._settings.encoder.encode(unit(vector_ND), atom_ID).dense(len(atom_ID)) * vector_ND.norm(dim=1, keepdim=True)
+        part_BTI = part_NI.view(*hidden_BTD.shape[:2], -1)
+        part_BTI[:, : self._settings.first_position] = 0
+        return part_BTI
 
-    def _omitted(self, unit_ND: Any, atoms: np.ndarray) -> Any:
-        atom_ID = self._found.whole.atom_ID
-        return self._encoder.encode(unit_ND, atom_ID).dense(len(atom_ID))[:, atoms] @ atom_ID[atoms]
+    def taken(self, part_BTI: Any, atoms: np.ndarray, how: str) -> Any:
+        """What these atoms' ablation takes off, [B, T, D]."""
+        return part_BTI[..., atoms] @ self._removed_ID[how][atoms]
 
 
 def ablation_rows(effects: Sequence[Effect], behaviour: Behaviour, settings: ItdaSettings) -> list[dict[str, Any]]:

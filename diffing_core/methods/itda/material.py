@@ -59,50 +59,41 @@ class Chosen:
     def __init__(self, stored: StoredPair, reading: FitReading, special: Sequence[int], settings: ItdaSettings) -> None:
         """Raises NotComputableError if no text is held out."""
         self._reading, self._special, self._settings = reading, special, settings
-        self._held_out = self._held_out_documents(stored)
+        share = settings.held_out_share
+        self._is_held_out_S = np.concatenate([_held_out(len(corpus.sequences), share) for corpus in stored.corpora])
+        documents = np.flatnonzero(self._is_held_out_S)
+        if not len(documents):
+            raise NotComputableError(
+                f"none of the {len(self._is_held_out_S)} texts of {stored.name} is held out at held_out_share={share}; raise it, "
+                "or probe with more texts"
+            )
+        in_order = documents[np.argsort(position_hash(documents, np.zeros_like(documents), ORDER))]
+        self._held_out = _until(in_order, reading, settings.held_out_tokens)
 
-    def fit(self, at: PairedActivations) -> Material:
-        """At most `max_tokens` single tokens, in hash order."""
-        wanted = self._settings.max_tokens
+    def read(self, at: PairedActivations) -> tuple[Material, Material]:
+        """At most `max_tokens` single tokens, in hash order; and whole held-out texts, in stored order. One reading."""
+        wanted, share = self._settings.max_tokens, self._settings.held_out_share
         n_rows = sum(file.n_rows for file in at.files)
-        below = min(1.0, 1.5 * wanted / (n_rows * (1 - self._settings.held_out_share)) + 50 / n_rows)
-
-        def chosen(rows: PairedRows) -> np.ndarray:
-            return self._hash_N(rows) < below * 2**64
-
-        rows = self._rows(at, "fit", chosen)
-        return self._material(rows.take(np.argsort(self._hash_N(rows), kind="stable")[:wanted]))
-
-    def held_out(self, at: PairedActivations) -> Material:
-        """Whole held-out texts, in stored order."""
-        return self._material(self._rows(at, "held_out", lambda rows: np.isin(self._reading.sequence_N(rows), self._held_out)))
+        below = min(1.0, 1.5 * wanted / (n_rows * (1 - share)) + 50 / n_rows) * (2**64 - 1)  # more than are wanted: the hash is no count
+        fit, held_out = [], []
+        for rows in at.of(Selection(self._settings.first_position)).blocks():
+            sequence_N = self._reading.sequence_N(rows)
+            to_fit_N = ~self._is_held_out_S[sequence_N] & (self._hash_N(rows) <= below)
+            fit.append(rows.take(np.flatnonzero(to_fit_N)))
+            held_out.append(rows.take(np.flatnonzero(np.isin(sequence_N, self._held_out))))
+        tokens = self._some(fit, "fitted")
+        first = np.argsort(self._hash_N(tokens), kind="stable")[:wanted]
+        return self._material(tokens.take(first)), self._material(self._some(held_out, "held-out"))
 
     def held_out_documents(self, n_tokens: int) -> list[int]:
         """Some of the held-out texts, about as many tokens of them; one at least."""
         return _until(self._held_out, self._reading, n_tokens)
 
-    def _held_out_documents(self, stored: StoredPair) -> np.ndarray:
-        parts = [
-            sampled(np.arange(len(corpus.sequences)), np.zeros(len(corpus.sequences), np.int64), self._settings.held_out_share)
-            for corpus in stored.corpora
-        ]
-        held_out = np.flatnonzero(np.concatenate(parts))
-        if not len(held_out):
-            raise NotComputableError(
-                f"none of the {len(np.concatenate(parts))} texts of {stored.name} is held out at "
-                f"held_out_share={self._settings.held_out_share}; raise it, or probe with more texts"
-            )
-        order = np.argsort(position_hash(held_out, np.zeros_like(held_out), ORDER))
-        return np.asarray(_until(held_out[order], self._reading, self._settings.held_out_tokens))
-
-    def _rows(self, at: PairedActivations, part: str, chosen: Any) -> PairedRows:
-        settings = self._settings
-        selection = Selection(settings.first_position, part=part, held_out_share=settings.held_out_share)
-        parts = [rows.take(np.flatnonzero(chosen(rows))) for rows in at.of(selection).blocks()]
+    def _some(self, parts: Sequence[PairedRows], what: str) -> PairedRows:
         if not sum(map(len, parts)):
             raise NotComputableError(
-                f"no token of the {part} texts is left after position {settings.first_position}; lower first_position or probe "
-                "with longer texts"
+                f"no token of the {what} texts is left from position {self._settings.first_position} on; lower first_position or "
+                "probe with more or longer texts"
             )
         return joined(parts)
 
@@ -118,6 +109,11 @@ class Chosen:
         device = self._reading.context.tuned.device
         rows = PairedRows(**vars(rows) | {side: getattr(rows, side).float().to(device) for side in ("base_ND", "tuned_ND")})
         return Material(rows, self._reading.sequence_N(rows), n_left_out)
+
+
+def _held_out(n_documents: int, share: float) -> np.ndarray:
+    """Which of a corpus's texts are held out, bool [S]: those that `Selection` holds out."""
+    return sampled(np.arange(n_documents), np.zeros(n_documents, np.int64), share)
 
 
 def _until(documents: Sequence[int], reading: FitReading, n_tokens: int) -> list[int]:

@@ -50,10 +50,9 @@ def run(inputs: Inputs, settings: ItdaSettings) -> Tables:
     with torch.inference_mode(), track(len(layers) * passes(settings.construction) * settings.max_tokens, "tokens", "itda") as advance:
         for layer in layers:
             at = stored.at(layer)
-            material = chosen.fit(at)
+            material, held_out = chosen.read(at)
             found = kept_or_built(inputs[Need.FOLDER], layer, material, settings.construction, advance)
-            results.append(LayerResult(layer, material, chosen.held_out(at), found, sources, settings))
-        behaviour = Behaviour(reading, chosen.held_out_documents(settings.ablated_tokens)) if settings.ablated_tokens else None
+            results.append(LayerResult(layer, material, held_out, found, sources, settings))
         return {
             LAYERS.name: _of_rows(LAYERS, [each.layer_row() for each in results]),
             PASSES.name: _of_rows(PASSES, [row for each in results for row in each.pass_rows()]),
@@ -64,7 +63,7 @@ def run(inputs: Inputs, settings: ItdaSettings) -> Tables:
             EXAMPLES.name: pa.concat_tables([_examples(each, reading) for each in results]),
             PATTERNS.name: _of_rows(PATTERNS, [row for each in results for row in pattern_rows(each, stored.at(each.layer), reading)]),
             SIMILARITY.name: _of_rows(SIMILARITY, similarity_rows(results)),
-            ABLATIONS.name: _ablations(results, behaviour, settings),
+            ABLATIONS.name: _ablations(results, chosen, reading, settings),
         }
 
 
@@ -99,11 +98,14 @@ def _examples(result: LayerResult, reading: FitReading) -> pa.Table:
     return examples_by_band(EXAMPLES, reading, result.activations, groups, result.settings.examples_per_band)
 
 
-def _ablations(results: Sequence[LayerResult], behaviour: Behaviour | None, settings: ItdaSettings) -> pa.Table:
+def _ablations(results: Sequence[LayerResult], chosen: Chosen, reading: FitReading, settings: ItdaSettings) -> pa.Table:
+    changed = [result for result in results if len(result.new)]
+    if not (changed and settings.ablated_tokens):
+        return ABLATIONS.empty()
+    behaviour = Behaviour(reading, chosen.held_out_documents(settings.ablated_tokens), [result.layer for result in changed])
     rows: list[dict[str, Any]] = []
-    for result in results if behaviour else ():
-        ablation = Ablation(result.found.staged, settings.encoder, settings.first_position)
-        effects = ablation.effects(behaviour, result.layer, settings.seed)
+    for result in changed:
+        effects = Ablation(result.found.staged, result.material, settings).effects(behaviour, result.layer)
         rows += [{"layer": result.layer} | row for row in ablation_rows(effects, behaviour, settings)]
     return _of_rows(ABLATIONS, rows)
 

@@ -168,8 +168,8 @@ ABLATIONS = TableSpec(
     (
         LAYER,
         Column("ablated", "string", "new or random atoms.", role="key"),
-        Column("how", "string", "re_expressed: the vector is encoded anew without them, what no atom says stays; omitted: their "
-               "part of the code is taken off.", role="key"),
+        Column("how", "string", "omitted: the atoms' part of the code is taken off; turned_back: only what tuning did to their "
+               "tokens is.", role="key"),
         Column("n_atoms", "int32", "Atoms left out.", low=0),
         Column("n_documents", "int32", "Held-out texts read.", low=1),
         Column("kl_nats", "float64", "Mean KL of the tuned model as it is.", "nats/token", "effect", low=0),
