@@ -23,19 +23,23 @@ from diffing_core.methods.itda.settings import ItdaSettings
 
 
 def findings(tables: Tables, settings: ItdaSettings) -> list[Finding]:
-    """Tokens of new atoms, the best of every layer in turn, deeper layers first, then source texts of the leading atoms.
+    """Tokens of new atoms by their weight in all layers together, then source texts of the leading atoms.
 
-    A layer is held back unless the tuned model added more atoms than one more pass over the base, in more texts.
+    A token is shown by its row of largest weight. A layer is held back unless the tuned model added more atoms than one more
+    pass over the base would, in more texts.
     """
     p_values = {row["layer"]: row["p_value"] for row in tables[LAYERS.name].to_pylist() if exceeds_null(row)}
-    tokens = sorted(_of(tables, TOKENS.name, p_values), key=lambda row: (row["rank"], -row["layer"]))
+    rows_of: dict[str, list[dict]] = {}
+    for row in sorted(_of(tables, TOKENS.name, p_values), key=lambda row: (-row["weight"], -row["layer"], row["rank"])):
+        rows_of.setdefault(row["token"], []).append(row)
+    tokens = sorted(((sum(row["weight"] for row in rows), rows[0]) for rows in rows_of.values()), key=lambda each: -each[0])
     atoms = sorted(_of(tables, NEW_ATOMS.name, p_values), key=lambda row: (row["rank"], -row["layer"]))
     return [
         Finding(
-            "token", row["token"], row["weight"], ENERGY, TOKENS.name, {name: row[name] for name in TOKENS.grain},
+            "token", row["token"], weight, ENERGY, TOKENS.name, {name: row[name] for name in TOKENS.grain},
             layer=row["layer"], p_value=p_values[row["layer"]],
         )
-        for row in tokens[: settings.shown]
+        for weight, row in tokens[: settings.shown]
     ] + [
         Finding(
             "text_snippet", row["snippet"], row["energy"], ENERGY, NEW_ATOMS.name, {name: row[name] for name in NEW_ATOMS.grain},

@@ -38,7 +38,7 @@ class ItdaSettings(Settings):
     ablated_tokens: int = Field(700, ge=0, description="About as many held-out tokens test what new atoms do; 0 for no test.")
     resamples: int = Field(1000, ge=1, description="Draws of the bootstrap over texts.")
     seed: int = Field(0, ge=0, description="Of random atoms and of the bootstrap.")
-    shown: int = Field(40, ge=1, description="Tokens shown as findings.")
+    shown: int = Field(60, ge=1, description="Tokens shown as findings.")
     shown_sources: int = Field(10, ge=0, description="Source texts shown as findings after them.")
 
     @property
