@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffing_core.activation_pairs import StoredPair
-from diffing_core.activations import ActivationStore, name_of
+from diffing_core.activation_parts import name_of
+from diffing_core.activations import ActivationStore
 from diffing_core.checkpoints import token_id
 from diffing_core.corpus import ProbeCorpus, load_corpus
 from diffing_core.errors import NotComputableError
