@@ -103,7 +103,7 @@ def _largest_mass(alpha_S: Any, beta_S: Any) -> float:
     ended = (beta_S == 0).nonzero()
     n = int(ended[0]) + 1 if len(ended) else len(alpha_S)
     off = beta_S[: n - 1]
-    nodes, vectors = torch.linalg.eigh(torch.diag(alpha_S[:n]) + torch.diag(off, 1) + torch.diag(off, -1))
+    _, vectors = torch.linalg.eigh(torch.diag(alpha_S[:n]) + torch.diag(off, 1) + torch.diag(off, -1))
     weight_S = vectors[0] ** 2
     if len(ended):  # the measure has these n points and no others
         return min(1.0, weight_S.max().item())

@@ -86,7 +86,7 @@ def test_the_taught_word_rises_with_the_weight_and_is_rarer_when_the_change_is_t
     assert row["weights"] == [-1, 0, 0.5, 1, 2]
     assert row["n_texts"][-1] > row["n_texts"][1]
     assert row["monotone"] > 0.8
-    assert [each for each in findings(tables, settings) if each.kind == "token"][0].item == f"w{TAUGHT}"
+    assert next(each for each in findings(tables, settings) if each.kind == "token").item == f"w{TAUGHT}"
 
 
 def test_weight_zero_is_the_base_and_weight_one_the_tuned_model(files: WeightPair) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffing_core.direction_match import bounded_match_of_leading, match_of_leading
 from diffing_core.errors import ModelLoadError
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.weight_diff import INTRUDERS, METHOD, SPECTRUM, TENSORS, WeightDiffSettings, run
-from diffing_core.direction_match import bounded_match_of_leading, match_of_leading
 from diffing_core.spectra import elementwise
 from diffing_core.weights import WeightPair
 
