@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffing_core import activation_parts
-from diffing_core.activation_parts import MOMENTS, name_of, packed, parts_of, schema
+from diffing_core.activation_parts import CHECKSUMS, MOMENTS, checksum, name_of, packed, parts_of, schema
 from diffing_core.blocks import TokenBlock
 from diffing_core.errors import StorageError
 from diffing_core.lazy import torch
@@ -130,21 +130,22 @@ class _Part:
         self._aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         self._held = _locked(self._aside)
         self._moments = Moments(d_model)
-        self._writer = pq.ParquetWriter(
-            self._aside, columns, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
-        )
+        self._checksums: list[str] = []
+        self._writer = pq.ParquetWriter(self._aside, columns, compression="none", use_dictionary=False, write_statistics=False)
 
     @property
     def n_rows(self) -> int:
         return self._moments.count
 
     def write(self, group: pa.Table) -> None:
+        group = group.combine_chunks()
         self._writer.write_table(group, row_group_size=len(group))
-        for some_ND in vectors_of(group.combine_chunks(), self._dtype).split(ROWS_SUMMED):
+        self._checksums.append(checksum(group))
+        for some_ND in vectors_of(group, self._dtype).split(ROWS_SUMMED):
             self._moments.add(some_ND.double().numpy())
 
     def finish(self) -> None:
-        self._writer.add_key_value_metadata({MOMENTS: packed(self._moments)})
+        self._writer.add_key_value_metadata({MOMENTS: packed(self._moments), CHECKSUMS: " ".join(self._checksums)})
         self._writer.close()
         os.replace(self._aside, self._path)
         self._held.close()
