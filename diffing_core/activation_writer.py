@@ -19,9 +19,8 @@ from diffing_core.activation_parts import CHECKSUMS, MOMENTS, checksum, name_of,
 from diffing_core.blocks import TokenBlock
 from diffing_core.errors import StorageError
 from diffing_core.lazy import torch
-from diffing_core.sums import Moments
+from diffing_core.sums import MOMENTS_TOGETHER, Moments
 
-ROWS_SUMMED = 256  # in float64 at a time
 LEFT_OVER_AFTER_S = 60.0  # between its creation and its lock a file is nobody's
 
 
@@ -141,7 +140,7 @@ class _Part:
         group = group.combine_chunks()
         self._writer.write_table(group, row_group_size=len(group))
         self._checksums.append(checksum(group))
-        for some_ND in vectors_of(group, self._dtype).split(ROWS_SUMMED):
+        for some_ND in vectors_of(group, self._dtype).split(max(1, MOMENTS_TOGETHER // len(self._moments.mean_D))):
             self._moments.add(some_ND.double().numpy())
 
     def finish(self) -> None:
