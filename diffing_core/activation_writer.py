@@ -72,7 +72,8 @@ class ActivationWriter:
         n_added = len(block) - first
         if self.n_rows + n_added > self._expected:
             raise StorageError(f"{self.folder} is for {self._expected} rows, but {self.n_rows + n_added} came; give the corpus's tokens")
-        raw = vector_ND[first:].contiguous().cpu().view(torch.uint8).numpy()
+        own_ND = vector_ND[first:].to("cpu", copy=True).contiguous()  # the pass writes its next batch over the block's
+        raw = own_ND.view(torch.uint8).numpy()
         vectors = pa.FixedSizeBinaryArray.from_buffers(self._schema.field("vector").type, n_added, [None, pa.py_buffer(raw)])
         columns = [block.sequence_N, block.position_N, block.token_N.cpu().numpy(), block.role_N, block.template_N]
         arrays = [pa.array(values[first:], type=field.type) for values, field in zip(columns, self._schema, strict=False)]

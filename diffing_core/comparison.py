@@ -252,7 +252,7 @@ def _key_with_data(
 ) -> RunKey:
     """The data that a method reads is part of its result's identity."""
     key = run_key(pair, method, settings)
-    for need in sorted(method.needs & {Need.ACTIVATIONS, Need.PEERS}, key=str):
+    for need in sorted(method.needs & {Need.ACTIVATIONS, Need.PEERS, Need.FINETUNES}, key=str):
         data = suppliers[need]()
         key = key.with_corpus(data.name, data.content_hash)
     return key
@@ -260,6 +260,7 @@ def _key_with_data(
 
 def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, Any]:
     from diffing_core.peers import peers_of
+    from diffing_core.weight_edits.finetunes import Finetunes
     from diffing_core.weights import WeightPair
 
     return {
@@ -267,6 +268,7 @@ def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, A
         Need.WEIGHTS: lambda: WeightPair.of(pair.pair, registry),
         Need.ACTIVATIONS: cache(lambda: _stored_pair(pair, registry, store)),
         Need.PEERS: cache(lambda: peers_of(pair.pair, registry)),
+        Need.FINETUNES: cache(lambda: Finetunes(pair.pair.model, registry)),
     }
 
 

@@ -130,6 +130,11 @@ class ProbeCorpus:
         lengths_S = np.asarray([len(sequence) for sequence in self.sequences], np.int64)
         return np.maximum(0, lengths_S - self.first_seen_S)
 
+    def most_tokens(self, token_budget: int) -> int:
+        """No batch has more tokens, padded ones apart."""
+        lengths = [len(sequence) for sequence in self.sequences]
+        return min(sum(lengths), max(token_budget, *lengths))
+
     def batches(self, token_budget: int) -> Iterator[TokenBatch]:
         """Batches of at most `token_budget` padded tokens, longest sequences first.
 

@@ -31,6 +31,7 @@ class Need(Enum):
     MODELS = "models"  # both models, for generation or patching
     WEIGHTS = "weights"  # the stream of parameter deltas
     PEERS = "peers"  # weights of the other registered finetunes of the same base
+    FINETUNES = "finetunes"  # weights of those finetunes that settings name
     FOLDER = "folder"  # not read but kept: a folder of this result alone, for checkpoints and fitted weights
 
 
@@ -40,7 +41,7 @@ class Fold(Protocol):
     layers: tuple[int, ...]
 
     def update(self, block: TokenBlock) -> None:
-        """Adds one block of tokens; keeps sums, counts and short lists, never the block."""
+        """Adds one block of tokens; keeps sums, counts and short lists, never the block, over which the next is written."""
 
     def finish(self) -> Tables:
         """The tables, by name."""

@@ -94,11 +94,11 @@ select
     run_id, organism, model, variant, corpus, method, 2 as figure,
     'heatmap' as kind, 'Share outside of what others share' as title,
     'layer' as x_title, 'distinctive_share' as value_title,
-    'projection' as series_title, 12 as most, false as is_log,
+    'module' as series_title, 12 as most, false as is_log,
     layer::varchar as x, layer::double as x_number,
-    projection::varchar as series, max(distinctive_share)::double as value,
+    module::varchar as series, max(distinctive_share)::double as value,
 from {{ source('raw', 'task_vectors_modules') }}
-where layer is not null and projection is not null and distinctive_share is not null and method = 'task_vectors'
+where layer is not null and module is not null and distinctive_share is not null and method = 'task_vectors'
 group by all
 
 union all
@@ -107,11 +107,11 @@ select
     run_id, organism, model, variant, corpus, method, 0 as figure,
     'heatmap' as kind, 'Relative change by block and module' as title,
     'layer' as x_title, 'relative_frobenius' as value_title,
-    'projection' as series_title, 12 as most, false as is_log,
+    'module' as series_title, 16 as most, false as is_log,
     layer::varchar as x, layer::double as x_number,
-    projection::varchar as series, max(relative_frobenius)::double as value,
+    module::varchar as series, max(relative_frobenius)::double as value,
 from {{ source('raw', 'weight_diff_tensors') }}
-where layer is not null and projection is not null and relative_frobenius is not null and method = 'weight_diff'
+where layer is not null and module is not null and relative_frobenius is not null and method = 'weight_diff'
 group by all
 
 union all
