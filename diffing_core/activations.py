@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffing_core.activation_parts import CHECKSUMS, MOMENTS, checksum, complete_parts, name_of, unpacked
-from diffing_core.activation_writer import ActivationWriter, SharedWriter, vectors_of
+from diffing_core.activation_writer import ActivationWriter, SharedWriter, remove_left_over, vectors_of
 from diffing_core.errors import StorageError
 from diffing_core.lazy import torch
 from diffing_core.sums import Moments
@@ -69,6 +69,7 @@ class ActivationStore:
     def claim(self, folder: Path, d_model: int, dtype: Any, n_rows: int) -> SharedWriter | None:
         """One pair's hand on the set, unless it is complete."""
         if folder not in self._writers:
+            remove_left_over(folder)
             if complete_parts(folder):
                 return None
             self._writers[folder] = ActivationWriter(folder, d_model, dtype, n_rows)
@@ -139,15 +140,14 @@ class ActivationSet:
 
 
 class _Part:
-    """One Parquet file of a set."""
+    """One Parquet file of a set; open only while it is read, since a long corpus has more parts than a process may open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = pq.ParquetFile(path, memory_map=True)
+            self.metadata = pq.read_metadata(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"{path} cannot be read ({error}); delete it and materialize `activations` again") from error
-        self.metadata = self._file.metadata
         self._facts = {key.decode(): value.decode() for key, value in (self.metadata.metadata or {}).items()}
         missing = {"dtype", "d_model", MOMENTS, CHECKSUMS} - self._facts.keys()
         if missing:
@@ -161,7 +161,8 @@ class _Part:
 
     def read(self, group: int) -> pa.Table:
         try:
-            table = self._file.read_row_group(group, use_threads=False).combine_chunks()
+            with pq.ParquetFile(self.path, memory_map=True, metadata=self.metadata) as file:
+                table = file.read_row_group(group, use_threads=False).combine_chunks()
             found = checksum(table)
         except (pa.ArrowInvalid, OSError) as error:
             raise self._damaged(group, str(error)) from error

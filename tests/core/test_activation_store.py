@@ -51,6 +51,7 @@ def every_16_bits(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, WIDTH)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # moments of signalling NaNs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_value_of_a_16_bit_format_survives_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     vector_ND = every_16_bits(dtype)
@@ -174,8 +175,20 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
         file.write_bytes(b"half")
     for file in (dead, being_written):
         os.utime(file, (time.time() - 1000,) * 2)
-    ActivationWriter(tmp_path / "a", WIDTH, torch.float32, 2 * ROWS_PER_GROUP)
+    ActivationStore(tmp_path).claim(tmp_path / "a", WIDTH, torch.float32, 2 * ROWS_PER_GROUP)
     assert set((tmp_path / "a").iterdir()) == {being_written, young}
+
+
+def test_a_set_of_many_parts_is_read_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, 2, 2)
+    vector_ND = torch.randn(200, WIDTH)
+    written(tmp_path / "a", vector_ND)
+    before = len(os.listdir("/proc/self/fd"))
+    whole = ActivationSet(tmp_path / "a")
+    kept = list(whole.blocks())
+    assert len(kept) == 100
+    assert len(os.listdir("/proc/self/fd")) - before < 10
+    assert torch.equal(torch.cat([each.vector_ND for each in kept]), vector_ND)
 
 
 def test_pairs_that_share_a_set_write_every_block_once_whoever_fails(tmp_path: Path) -> None:
