@@ -220,9 +220,9 @@ def counted_forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sequences of each forward from now on."""
     run_before, seen = passes.capture_residuals, []
 
-    def counting(subject, batch, *rest):
+    def counting(subject, batch, *others):
         seen.append(batch.sequences)
-        return run_before(subject, batch, *rest)
+        return run_before(subject, batch, *others)
 
     monkeypatch.setattr(passes, "capture_residuals", counting)
     return seen

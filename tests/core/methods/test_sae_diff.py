@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from diffing_core.activation_pairs import PairedActivations, PairedFile, PairedRows, StoredPair
-from diffing_core.activations import ActivationStore, ActivationWriter
+from diffing_core.activation_writer import ActivationWriter
+from diffing_core.activations import ActivationStore
 from diffing_core.blocks import TokenBlock
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
 from diffing_core.errors import NotComputableError, StorageError
@@ -59,13 +60,13 @@ class Toy:
 def stored(folder: Path, base_ND: Any, tuned_ND: Any) -> PairedFile:
     folder.mkdir(parents=True, exist_ok=True)
     for name, vector_ND in (("base", base_ND), ("tuned", tuned_ND)):
-        writer = ActivationWriter(folder / f"{name}.parquet", vector_ND.shape[1], vector_ND.dtype)
+        writer = ActivationWriter(folder / name, vector_ND.shape[1], vector_ND.dtype, len(vector_ND))
         index_N = np.arange(len(vector_ND))
         token_N = torch.from_numpy(index_N)
         roles = np.zeros(len(index_N), np.int8), np.zeros(len(index_N), bool)
         writer.add(TokenBlock(token_N, token_N, index_N // LENGTH, index_N % LENGTH, *roles, None, None), vector_ND)
         writer.close()
-    return PairedFile.open("corpus", folder / "base.parquet", folder / "tuned.parquet")
+    return PairedFile.open("corpus", folder / "base", folder / "tuned")
 
 
 def plan_of(material: Material, **changes: Any) -> Plan:
