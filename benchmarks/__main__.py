@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from benchmarks import mining, platform, storage, stream, weights
+from benchmarks import dictionaries, mining, platform, storage, stream, weights
 from benchmarks.figure import write
 from diffing_core.settings import diffing_home
 
@@ -21,6 +21,8 @@ BENCHMARKS = (
     storage.parquet,
     storage.encodings,
     weights.lora_spectrum,
+    dictionaries.crosscoder_training,
+    dictionaries.latent_scaling,
 )
 
 

@@ -84,7 +84,7 @@ def test_every_layer_that_is_wanted_has_its_rows_and_its_file(made: tuple[ModelP
     for row in tables["crosscoder_fits"].to_dicts():
         crosscoder, config = checkpoint.load((tmp_path / row["file"]).parent)
         assert crosscoder.n_latents == row["n_latents"] and config["threshold"] == row["threshold"]
-    with pytest.raises(NotComputableError, match="not stored"):
+    with pytest.raises(NotComputableError, match="no layer is stored"):
         run((made[0], StoredPair(made[1].store, *((f"{side}x", torch.float32) for side in "ab"), made[1].corpora)), tmp_path)
 
 
