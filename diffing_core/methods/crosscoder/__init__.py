@@ -69,7 +69,6 @@ class _Layer:
             self._fitted.sample.outliers,
             reading,
             self._fitted.sample.mean_MD,
-            settings.seed,
         )
         self._latents = latent_table(layer, self._fitted.crosscoder, self._seen, settings)
 

@@ -94,7 +94,7 @@ def test_latents_are_counted_as_a_plain_loop_counts_them(made: tuple[ModelPair, 
     crosscoder, place, activations = some_crosscoder(), FitReading(pair, stored), stored.at(1)
     held_out, everything = Selection(part="held_out"), Outliers((np.inf, np.inf))
     shift_MD = (torch.zeros(WIDTH), torch.zeros(WIDTH))
-    found = Reading.of(crosscoder, activations, held_out, everything, place, shift_MD, 0)
+    found = Reading.of(crosscoder, activations, held_out, everything, place, shift_MD)
     rows = joined(list(activations.blocks()))
     code_NF = crosscoder.encode((rows.base_ND, rows.tuned_ND)).numpy()
     sequence_N, held_out_N = place.sequence_N(rows), held_out.keeps(rows)
