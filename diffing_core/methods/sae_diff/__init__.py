@@ -4,10 +4,12 @@
 
 Trained by dictionary-learning's BatchTopKTrainer on the stored activations, of which a tenth of the sequences is held
 out. θ is set after training so that k latents fire per token. A latent weighs what it writes (its share of Σ‖δ − c‖²)
-times how often it fires; tokens that the heaviest latents promote through the tuned model's head are the findings, and
-texts in which they fire most. β, the least-squares multiple of f d in either model's activations, says whether the base
-has the direction too. With `trained_on` the same is trained on the base's or the tuned model's activations.
-The result's folder keeps weights (safetensors under the names of BatchTopKSAE, which loads them), configuration with the
+times how often it fires. Findings are the tokens that the heaviest latents promote through the tuned model's head, and
+texts in which they fire most; this weight, the layer and the number of latents were chosen on the demo's organisms.
+β, the least-squares multiple of f d in either model's activations, says whether the base has the direction too.
+
+With `trained_on` the same is done with the base's or the tuned model's activations. The result's folder keeps weights
+(safetensors under the names of dictionary-learning's BatchTopKSAE, which loads them), the configuration with the
 statistics of the input, and a checkpoint of what was interrupted.
 
 Reference: Bussmann et al. 2024 (arXiv 2412.06410); on differences and Latent Scaling Minder, Dumas et al. 2025

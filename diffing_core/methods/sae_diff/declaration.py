@@ -22,12 +22,12 @@ class SaeDiffSettings(SteeringSettings):
     trained_on: tuple[Trained, ...] = Field(
         ("difference",), min_length=1, description="What is trained on, an autoencoder each: difference, base, tuned."
     )
-    expansion: float = Field(2.0, gt=0, description="Latents per dimension of the residual stream.")
+    expansion: float = Field(2.0, gt=0, description="Latents per dimension of the residual stream; fewer where tokens are.")
     k: int | None = Field(
         None, ge=1, description="Latents that fire per token, on average; none means a sixteenth of the width, 4 to 100."
     )
     batch_rows: int = Field(2048, ge=16, description="Tokens per step; down to a sixteenth of it on small corpora.")
-    epochs: float = Field(3.0, gt=0, description="Times each token is trained on.")
+    epochs: float = Field(4.0, gt=0, description="Times each token is trained on.")
     max_tokens: int = Field(100_000_000, ge=1, description="Tokens trained on, at most.")
     learning_rate: float | None = Field(
         None, gt=0, description="Of Adam; none means dictionary-learning's 2e-4 / sqrt(latents / 2^14)."

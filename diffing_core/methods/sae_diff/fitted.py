@@ -14,7 +14,7 @@ from diffing_core.methods.sae_diff.fit import Fit
 from diffing_core.methods.sae_diff.latents import Latents
 from diffing_core.methods.sae_diff.plan import Plan
 from diffing_core.methods.sae_diff.training import Material, trained
-from diffing_core.sums import Moments
+from diffing_core.sums import Moments, float64_device
 
 ROUNDING = 1e-10  # variance below this share of the mean square is what subtraction leaves of equal rows
 
@@ -41,7 +41,7 @@ class Fitted:
             return None
         plan = Plan.of(settings, material.rows.d_model, own.count)
         made = trained(material, plan, scaling, folder, device)
-        dictionary = made.dictionary.to(device)
+        dictionary = made.dictionary.to(float64_device(device))
         return cls(material, dictionary, plan, made.log, Fit.of(material, dictionary), Latents.of(material, dictionary))
 
     @cached_property
