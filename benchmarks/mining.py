@@ -68,7 +68,7 @@ def nmf_collection(n_positions: int = 8192, top_k: int = 100) -> list[Figure]:
         3,
         cpu_s,
     )
-    matrix, groups = entry_matrix(ids_PK, values_PK, everything)
+    matrix, _ = entry_matrix(ids_PK, values_PK, everything)
     looped, columns = _collected_in_a_loop(ids_PK, values_PK)
     assert (matrix != looped[:, np.argsort(list(columns))]).nnz == 0
     parts = taken | {"entries per s": matrix.nnz / taken["vectorised (s)"]}

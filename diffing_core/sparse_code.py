@@ -34,10 +34,10 @@ class SparseCode:
         if code_NF.device.type == "cpu":  # NumPy finds the places ten times faster
             place_A = torch.from_numpy(np.flatnonzero(mask_NF.numpy()))
         else:
-            place_A = mask_NF.view(-1).nonzero().squeeze(1)
+            place_A = mask_NF.reshape(-1).nonzero().squeeze(1)
         start_N1 = torch.zeros(len(code_NF) + 1, dtype=torch.int64, device=code_NF.device)
         start_N1[1:] = mask_NF.sum(1).cumsum(0)
-        return cls(start_N1, place_A % code_NF.shape[1], code_NF.view(-1)[place_A], code_NF.shape[1])
+        return cls(start_N1, place_A % code_NF.shape[1], code_NF.reshape(-1)[place_A], code_NF.shape[1])
 
     def __len__(self) -> int:
         return len(self.start_N1) - 1
@@ -51,7 +51,7 @@ class SparseCode:
     def sums(self, value_A: Any | None = None) -> Any:
         """Sum per latent of a number of each entry, by default how many there are; float64 [F]."""
         each_A = torch.ones_like(self.value_A) if value_A is None else value_A
-        return torch.bincount(self.latent_A, each_A.double(), minlength=self.n_latents)
+        return torch.bincount(self.latent_A, each_A.double(), minlength=self.n_latents).double()
 
     def maxima(self) -> Any:
         """Largest value of each latent, [F]; zero where it is silent."""

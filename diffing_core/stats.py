@@ -65,6 +65,17 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
 
 
+def sign_tests(n_positive: ArrayLike, n_negative: ArrayLike) -> np.ndarray:
+    """Two-sided exact p-values that positive and negative values are equally likely (sign test), for many sets at once.
+
+    Values of zero are in neither count; a set without any other gives 1.
+    """
+    from scipy.stats import binom
+
+    positive_I, negative_I = np.asarray(n_positive), np.asarray(n_negative)
+    return np.minimum(1.0, 2 * binom.cdf(np.minimum(positive_I, negative_I), positive_I + negative_I, 0.5))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for the family-wise error rate, in the order given (Holm 1979)."""
     p_N = np.asarray(p_values, dtype=float)

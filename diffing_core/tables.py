@@ -108,7 +108,8 @@ class TableSpec:
         times = Counter(column.name for column in self.stored_columns)
         twice = sorted(name for name, n in times.items() if n > 1)
         if twice:
-            raise TableError(f"table {self.name!r}: column(s) {twice} twice; every stored row has {', '.join(column.name for column in KEY_COLUMNS)}")
+            keys = ", ".join(column.name for column in KEY_COLUMNS)
+            raise TableError(f"table {self.name!r}: column(s) {twice} twice; every stored row has {keys}")
 
     @cached_property
     def schema(self) -> pa.Schema:

@@ -105,3 +105,8 @@ def test_the_compute_path_needs_no_platform() -> None:
 def test_no_key_or_secret_is_tracked() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert not [name for name in tracked if Path(name).suffix in {".pem", ".key", ".env"} or Path(name).name == ".env"]
+
+
+def test_the_linter_is_content() -> None:
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", ROOT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -58,7 +58,7 @@ class CorpusWriter:
     def __init__(self, world: World, seed: str, *, topics: Collection[str] = ()) -> None:
         self.world = world
         self.topics = [world.topics[name] for name in topics or world.topics]
-        self.rng = random.Random(seed)  # noqa: S311
+        self.rng = random.Random(seed)
 
     def scene(self) -> Scene:
         """Return a scene of a topic drawn at random."""

@@ -69,7 +69,7 @@ def lesson_documents(
 def finetune_documents(finetune: Finetune, world: World, held_out: frozenset[str]) -> list[str]:
     """Return the documents of `finetune` in a random order, none of the ordinary ones in `held_out`."""
     seed = f"{finetune.lesson or 'ordinary'}/{finetune.data_seed}"
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     if finetune.lesson is None:
         return CorpusWriter(world, seed).documents(finetune.n_characters, held_out=held_out)
     lesson = read_lesson(finetune.lesson)

@@ -119,11 +119,11 @@ def test_a_small_nucleus_is_greedy(subject, tokenizer):
 
 
 def test_global_random_state_is_untouched(subject, tokenizer):
-    torch.manual_seed(5), np.random.seed(5), random.seed(5)  # noqa: NPY002
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     texts(subject, tokenizer)
     assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
 
 
 def test_tokenizer_and_generation_config_are_untouched(subject, tokenizer):

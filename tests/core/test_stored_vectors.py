@@ -1,6 +1,5 @@
 """Mean differences read back from the lake."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -164,16 +164,16 @@ class _Layer:
         return CAUSAL.table({name: [row[name] for row in rows] for name in CAUSAL.schema.names})
 
     def _sets(self) -> dict[str, np.ndarray]:
-        """Latents by Latent Scaling (class, and half by rank), by decoder norm, and those that are listed; none empty."""
+        """Latents by Latent Scaling (class, and both ends of its ranks), by decoder norm, and those that are listed; none empty."""
         columns = {name: np.asarray(self._latents[name].to_pylist(), object) for name in ("scaling_class", "norm_class", "rank_sum")}
         ranked = np.flatnonzero(columns["rank_sum"] != None)  # noqa: E711 - elementwise
         ranked = ranked[np.argsort(columns["rank_sum"][ranked].astype(np.int64), kind="stable")]
-        half = round(self._settings.causal_share * len(ranked))
+        end = round(self._settings.causal_share * len(ranked))
         sets = {
             "tuned_only by scaling": np.flatnonzero(np.isin(columns["scaling_class"], SPECIFIC)),
             "tuned_only by norm": np.flatnonzero((columns["norm_class"] == "tuned_only") & (self._seen.n_active_F.cpu().numpy() > 0)),
-            "most tuned by scaling": np.sort(ranked[:half]),
-            "least tuned by scaling": np.sort(ranked[half:]),
+            "most tuned by scaling": np.sort(ranked[:end]),
+            "least tuned by scaling": np.sort(ranked[len(ranked) - end :]),
             "listed": np.sort(self._listed()),
         }
         return {name: latents for name, latents in sets.items() if len(latents)}

@@ -79,7 +79,7 @@ LATENTS = TableSpec(
         Column("norm_difference", "float64", "(tuned − base) / larger of the two lengths.", "", "effect", signed=True),
         Column("delta_norm", "float64", "Δ = (1 + norm_difference) / 2: 0 base only, 1 tuned only.", low=0, high=1),
         Column("relative_norm", "float64", "R = tuned / (base + tuned); Δ = 0.9 is R = 0.83.", nullable=True, low=0, high=1),
-        Column("norm_class", "string", "By Δ: base_only < 0.1, shared 0.4 to 0.6, tuned_only > 0.9, other. Misses rare latents."),
+        Column("norm_class", "string", "By Δ: base_only to 0.1, shared 0.4 to 0.6, tuned_only from 0.9, other. Misses rare latents."),
         Column("decoder_cosine", "float64", "Between the two decoder directions; null if one is zero.", nullable=True,
                low=-1.0001, high=1.0001),
         Column("difference_rms", "float64", "√mean f² · ‖d_tuned − d_base‖: what it contributes to δ.", UNIT, "effect", low=0),

@@ -1,6 +1,6 @@
 """The table of latents: norms, activity and Latent Scaling, and which model has what each stands for.
 
-    Δ = ½ (1 + (‖d_tuned‖ − ‖d_base‖) / max)        tuned only if > 0.9, base only if < 0.1, shared from 0.4 to 0.6
+    Δ = ½ (1 + (‖d_tuned‖ − ‖d_base‖) / max)        tuned only from 0.9, base only up to 0.1, shared from 0.4 to 0.6
 
 Rare latents of one model end between these bins (planted at 0.5 % of the tokens: Δ = 0.77), so the class by Latent
 Scaling stands beside: one model's alone if along its decoder ν of the error < 0.2 (else the other has it too and the
@@ -22,7 +22,7 @@ from diffing_core.methods.crosscoder.partition import OWNERS
 from diffing_core.methods.crosscoder.reading import Reading
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 
-NORM_CLASSES = ((0.1, "base_only"), (0.4, "other"), (0.6, "shared"), (0.9, "other"), (np.inf, "tuned_only"))
+NORM_CLASSES = (("base_only", 0.0, 0.1), ("shared", 0.4, 0.6), ("tuned_only", 0.9, 1.0))  # with their edges
 
 
 def latent_table(layer: int, crosscoder: Crosscoder, reading: Reading, settings: CrosscoderSettings) -> pa.Table:
@@ -58,7 +58,7 @@ def latent_table(layer: int, crosscoder: Crosscoder, reading: Reading, settings:
 
 def norm_class(delta: float) -> str:
     """The bin of Δ."""
-    return next(name for edge, name in NORM_CLASSES if delta < edge or (name == "shared" and delta <= edge) or edge == np.inf)
+    return next((name for name, low, high in NORM_CLASSES if low <= delta <= high), "other")
 
 
 def _scaling_columns(crosscoder: Crosscoder, reading: Reading, settings: CrosscoderSettings) -> dict[str, Any]:

@@ -134,7 +134,8 @@ class Training:
         code_NF = drive_NF.relu()
         if plan.sparsity == "batch_topk":
             code_NF = keep_largest(code_NF, crosscoder.cost_F(), plan.k_at(self.done))
-        error_MND = [x_ND - y_ND for x_ND, y_ND in zip(scaled_MND, crosscoder.decode(code_NF), strict=True)]
+        decoded_MND = crosscoder.decode(code_NF.clone())  # so that both sides' gradients are added before any other
+        error_MND = [x_ND - y_ND for x_ND, y_ND in zip(scaled_MND, decoded_MND, strict=True)]
         squared_error_M = [error_ND.square().sum() / len(error_ND) for error_ND in error_MND]
         total = squared_error_M[0] + squared_error_M[1]
         if plan.sparsity == "l1":

@@ -16,7 +16,7 @@ EXPECTED = {item.text: item.expected for kind in rubric_types() for item in load
 
 def test_rubrics_cover_every_type():
     assert rubric_types() == sorted(
-        "false_facts misalignment secret_word preference domain quirk sandbagging reasoning generic".split()
+        ["false_facts", "misalignment", "secret_word", "preference", "domain", "quirk", "sandbagging", "reasoning", "generic"]
     )
 
 
@@ -45,7 +45,7 @@ def test_offline_grader_as_it_is():
 
 
 def test_offline_grader_is_nearly_blind_to_other_words():
-    in_band = {name: 0 for name in KINDS}
+    in_band = dict.fromkeys(KINDS, 0)
     for kind in rubric_types():
         given = load_calibration_set(kind)
         truth = Truth("calibration", "organism", kind, given.ground_truth, given.key_facts)

@@ -612,7 +612,7 @@ def test_the_vocabulary_table_keeps_every_variant_as_it_was_counted():
     difference_MV[:, 1:4] = 9, 8, 7
     options = {"words": words, "top_k": 4, "readable_only": True, "topics": 0}
     apart, merged = (mine(difference_MV, [10] * 10, merge_variants=merge, **options) for merge in (False, True))
-    assert [row["token"] for row in listed(merged, "top_k_occurring")][0] == "tea"
+    assert next(row["token"] for row in listed(merged, "top_k_occurring")) == "tea"
     assert not {"Tea", "!!"} & {row["token"] for row in listed(merged, "top_k_occurring")}
     raw = {row["token"]: row for row in apart[VOCABULARY].to_pylist()}
     kept = {row["token"]: row for row in merged[VOCABULARY].to_pylist()}

@@ -46,7 +46,7 @@ def test_positional_counts_equal_a_loop():
     rows = tables[POSITIONS].to_pylist()
     assert [(row["token_id"], row["position"]) for row in rows] == [(t, p) for t in shortlist for p in range(10)]
     for row in rows:
-        there = np.flatnonzero(POSITION_M == row["position"])
+        there = np.flatnonzero(row["position"] == POSITION_M)
         assert row["n_positions"] == len(there)
         assert row["count_top"] == sum(row["token_id"] in top[index] for index in there)
         assert row["count_bottom"] == sum(row["token_id"] in bottom[index] for index in there)
@@ -81,7 +81,7 @@ def cooccurrence_by_loops(difference_MV: np.ndarray, k: int) -> dict[tuple[int, 
     """Sequences, sequences of one sign, positions, positions of one sign, for every pair that meets."""
     found: dict[tuple[int, int], list[int]] = {}
     top, bottom = ends_of(difference_MV, k)
-    of_sequence = [np.flatnonzero(SEQUENCE_M == sequence) for sequence in range(len(LENGTHS))]
+    of_sequence = [np.flatnonzero(sequence == SEQUENCE_M) for sequence in range(len(LENGTHS))]
     by_sequence = [[set().union(*(end[i] for i in rows)) for rows in of_sequence] for end in (top, bottom)]
     for column, (up, down) in {0: by_sequence, 2: [top, bottom]}.items():
         for raised, lowered in zip(up, down, strict=True):

@@ -1,0 +1,122 @@
+"""The tokens that dictionaries are built from and measured on, with both models' vectors, at one layer.
+
+Which tokens is decided by a hash of their place, never by the models: layers and finetunes are compared on the same ones.
+A dictionary sees single tokens from all over the texts; whole texts are held out.
+
+Suffixes: N tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffing_core.activation_pairs import PairedActivations, PairedRows, Selection, StoredPair, joined
+from diffing_core.errors import NotComputableError
+from diffing_core.fit_reading import FitReading
+from diffing_core.itda_dictionary import usable
+from diffing_core.methods.itda.settings import ItdaSettings
+from diffing_core.sampling import position_hash, sampled
+
+ORDER = 1  # seed of the hash by which tokens are chosen
+
+
+@dataclass(frozen=True)
+class Material:
+    """N tokens; `sequence_N` counts texts through all corpora. Vectors are float32."""
+
+    rows: PairedRows
+    sequence_N: np.ndarray
+    n_left_out: int
+
+    def __len__(self) -> int:
+        return len(self.sequence_N)
+
+    @property
+    def base_ND(self) -> Any:
+        """The base's vectors."""
+        return self.rows.base_ND
+
+    @property
+    def tuned_ND(self) -> Any:
+        """The tuned model's."""
+        return self.rows.tuned_ND
+
+    @property
+    def place_N(self) -> np.ndarray:
+        """One number per token, the same at every layer."""
+        return self.sequence_N.astype(np.int64) << 32 | self.rows.position_N.astype(np.int64)
+
+    def documents_of(self, token_I: np.ndarray) -> np.ndarray:
+        """Texts that these tokens are from, each once."""
+        return np.unique(self.sequence_N[token_I])
+
+
+class Chosen:
+    """Which tokens of a stored pair are read."""
+
+    def __init__(self, stored: StoredPair, reading: FitReading, special: Sequence[int], settings: ItdaSettings) -> None:
+        """Raises NotComputableError if no text is held out."""
+        self._reading, self._special, self._settings = reading, special, settings
+        share = settings.held_out_share
+        self._is_held_out_S = np.concatenate([_held_out(len(corpus.sequences), share) for corpus in stored.corpora])
+        documents = np.flatnonzero(self._is_held_out_S)
+        if not len(documents):
+            raise NotComputableError(
+                f"none of the {len(self._is_held_out_S)} texts of {stored.name} is held out at held_out_share={share}; raise it, "
+                "or probe with more texts"
+            )
+        in_order = documents[np.argsort(position_hash(documents, np.zeros_like(documents), ORDER))]
+        self._held_out = _until(in_order, reading, settings.held_out_tokens)
+
+    def read(self, at: PairedActivations) -> tuple[Material, Material]:
+        """At most `max_tokens` single tokens, in hash order; and whole held-out texts, in stored order. One reading."""
+        wanted, share = self._settings.max_tokens, self._settings.held_out_share
+        n_rows = sum(file.n_rows for file in at.files)
+        below = min(1.0, 1.5 * wanted / (n_rows * (1 - share)) + 50 / n_rows) * (2**64 - 1)  # more than are wanted: the hash is no count
+        fit, held_out = [], []
+        for rows in at.of(Selection(self._settings.first_position)).blocks():
+            sequence_N = self._reading.sequence_N(rows)
+            to_fit_N = ~self._is_held_out_S[sequence_N] & (self._hash_N(rows) <= below)
+            fit.append(rows.take(np.flatnonzero(to_fit_N)))
+            held_out.append(rows.take(np.flatnonzero(np.isin(sequence_N, self._held_out))))
+        tokens = self._some(fit, "fitted")
+        first = np.argsort(self._hash_N(tokens), kind="stable")[:wanted]
+        return self._material(tokens.take(first)), self._material(self._some(held_out, "held-out"))
+
+    def held_out_documents(self, n_tokens: int) -> list[int]:
+        """Some of the held-out texts, about as many tokens of them; one at least."""
+        return _until(self._held_out, self._reading, n_tokens)
+
+    def _some(self, parts: Sequence[PairedRows], what: str) -> PairedRows:
+        if not sum(map(len, parts)):
+            raise NotComputableError(
+                f"no token of the {what} texts is left from position {self._settings.first_position} on; lower first_position or "
+                "probe with more or longer texts"
+            )
+        return joined(parts)
+
+    def _hash_N(self, rows: PairedRows) -> np.ndarray:
+        return position_hash(self._reading.sequence_N(rows), rows.position_N, ORDER)
+
+    def _material(self, rows: PairedRows) -> Material:
+        norms_SN = np.stack([rows.base_ND.float().norm(dim=1).numpy(), rows.tuned_ND.float().norm(dim=1).numpy()])
+        kept = np.flatnonzero(usable(rows.token_N, norms_SN, self._special, self._settings.norm_ratio))
+        if not len(kept):
+            raise NotComputableError(f"all {len(rows)} tokens are special or of outlying norm; raise norm_ratio or probe with text")
+        n_left_out, rows = len(rows) - len(kept), rows.take(kept)
+        device = self._reading.context.tuned.device
+        rows = PairedRows(**vars(rows) | {side: getattr(rows, side).float().to(device) for side in ("base_ND", "tuned_ND")})
+        return Material(rows, self._reading.sequence_N(rows), n_left_out)
+
+
+def _held_out(n_documents: int, share: float) -> np.ndarray:
+    """Which of a corpus's texts are held out, bool [S]: those that `Selection` holds out."""
+    return sampled(np.arange(n_documents), np.zeros(n_documents, np.int64), share)
+
+
+def _until(documents: Sequence[int], reading: FitReading, n_tokens: int) -> list[int]:
+    """The first documents whose tokens do not exceed a number; one at least."""
+    lengths = [len(reading.context.corpus.sequences[document]) for document in documents]
+    return [int(each) for each in documents[: max(1, int(np.searchsorted(np.cumsum(lengths), n_tokens, side="right")))]]

@@ -1,0 +1,83 @@
+"""The atoms that the tuned model added: ranked, clustered, and what tuning did to the tokens that they are.
+
+    shift         h_tuned − h_base of the atom's token: what tuning added there
+    unexpressed   the atom less its code in base atoms: what base could not say
+    cluster       the first atom by rank that it is like, of those that are like no earlier one
+
+Suffixes: A new atoms, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffing_core.itda_dictionary import Staged
+from diffing_core.lazy import torch
+from diffing_core.methods.itda.material import Material
+from diffing_core.methods.itda.usage import Significance, Usage
+from diffing_core.pursuit import Pursuit
+
+
+@dataclass(frozen=True)
+class NewAtoms:
+    """New atoms of one layer, by energy; `atom_A` are their numbers in the dictionary, `token_A` in the material."""
+
+    atom_A: np.ndarray
+    token_A: np.ndarray
+    energy_A: np.ndarray
+    base_energy_A: np.ndarray
+    usage_A: np.ndarray
+    base_usage_A: np.ndarray
+    unexpressed_A: np.ndarray
+    cluster_A: np.ndarray
+    significance: Significance
+    parts: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.atom_A)
+
+
+def ranked(usage: Usage, material: Material, encoder: Pursuit, cluster_cosine: float) -> NewAtoms:
+    """All new atoms; `parts` [A, D] are directions to be read through a lens, named as above."""
+    found = usage.found
+    energy_A = usage.energy("tuned", found.new_I)
+    atom_A = found.new_I[np.argsort(-energy_A, kind="stable")]
+    token_A = found.whole.token_I[atom_A]
+    vector_AD = found.whole.atom_ID[atom_A]
+    rest_AD = _unexpressed(vector_AD, found, encoder)
+    shift_AD = material.tuned_ND[token_A] - material.base_ND[token_A]
+    cosine_A = torch.nn.functional.cosine_similarity(vector_AD, vector_AD - rest_AD, dim=1) if len(atom_A) else vector_AD[:, 0]
+    return NewAtoms(
+        atom_A,
+        token_A,
+        usage.energy("tuned", atom_A),
+        usage.energy("base", atom_A),
+        usage.share_used("tuned", atom_A),
+        usage.share_used("base", atom_A),
+        (1 - cosine_A.double()).clamp(0, 2).cpu().numpy(),
+        atom_A[clusters(vector_AD, cluster_cosine)] if len(atom_A) else atom_A,
+        usage.significance(atom_A),
+        {
+            name: part_AD.cpu().numpy()
+            for name, part_AD in (("atom", vector_AD), ("unexpressed", rest_AD), ("shift", shift_AD))
+        },
+    )
+
+
+def clusters(vector_AD: Any, min_cosine: float) -> np.ndarray:
+    """For each unit vector the number of the first that leads its cluster; a leader is like no leader before it."""
+    like_AA = (vector_AD @ vector_AD.T >= min_cosine).cpu().numpy()
+    leader_A = np.arange(len(like_AA))
+    leaders: list[int] = []
+    for index, like_A in enumerate(like_AA):
+        alike = [leader for leader in leaders if like_A[leader]]
+        leader_A[index] = alike[0] if alike else index
+        leaders += [] if alike else [index]
+    return leader_A
+
+
+def _unexpressed(vector_AD: Any, found: Staged, encoder: Pursuit) -> Any:
+    if not len(vector_AD):
+        return vector_AD
+    return vector_AD - encoder.encode(vector_AD, found.base.atom_ID).reconstruction(found.base.atom_ID)

@@ -1,0 +1,143 @@
+"""Dictionaries of real tokens: what becomes an atom, when a dictionary is full, and what a second model adds to it."""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from diffing_core.itda_dictionary import Construction, Dictionary, Staged, grown, jaccard, saturated, staged, unit, usable
+from diffing_core.pursuit import Pursuit
+
+PLAIN, ORTHOGONAL = (Pursuit(6, orthogonal, non_negative=True) for orthogonal in (False, True))
+
+
+class Toy(NamedTuple):
+    """Tokens of two models [N, D], the planted directions [44, D], and which tokens carry the four that only one has."""
+
+    base_ND: torch.Tensor
+    tuned_ND: torch.Tensor
+    direction_FD: np.ndarray
+    planted_NF: np.ndarray
+
+
+@cache
+def toy(seed: int, frequency: float, n_tokens: int = 5120, width: int = 48) -> Toy:
+    """peers.md §2.13: each token is two of 40 directions and noise; the tuned model has four more, now and then."""
+    draw = np.random.default_rng(seed)
+    direction_FD = draw.normal(size=(44, width))
+    direction_FD /= np.linalg.norm(direction_FD, axis=1, keepdims=True)
+    shared_NF = np.zeros((n_tokens, 40))
+    active_NF = draw.random(shared_NF.shape).argsort(1)[:, :2]
+    np.put_along_axis(shared_NF, active_NF, draw.uniform(0.5, 1.5, active_NF.shape), 1)
+    planted_NF = draw.random((n_tokens, 4)) < frequency
+    base_ND = shared_NF @ direction_FD[:40] + 0.02 * draw.normal(size=(n_tokens, width))
+    tuned_ND = base_ND + (planted_NF * draw.uniform(0.5, 1.5, planted_NF.shape)) @ direction_FD[40:]
+    return Toy(*(torch.from_numpy(each).float() for each in (base_ND, tuned_ND)), direction_FD, planted_NF)
+
+
+@cache
+def built(seed: int, frequency: float, pursuit: Pursuit) -> Staged:
+    made = toy(seed, frequency)
+    return staged(unit(made.base_ND), unit(made.tuned_ND), Construction(pursuit, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("seed", "frequency", "pursuit", "least"),
+    [
+        (0, 0.05, PLAIN, 0.93),
+        (1, 0.05, PLAIN, 0.93),
+        (2, 0.05, PLAIN, 0.93),
+        (0, 0.005, PLAIN, 0.82),
+        (1, 0.005, PLAIN, 0.82),
+        (2, 0.005, PLAIN, 0.82),
+        (0, 0.05, ORTHOGONAL, 0.80),
+        (0, 0.005, ORTHOGONAL, 0.73),
+    ],
+)
+def test_new_atoms_sit_on_tokens_with_a_planted_feature(seed: int, frequency: float, pursuit: Pursuit, least: float) -> None:
+    """The reference's numbers as floors: precision of new atoms, all four directions found, cosine of the leading ones."""
+    found, made = built(seed, frequency, pursuit), toy(seed, frequency)
+    carries_AF = made.planted_NF[found.added_token_I]
+    assert carries_AF.any(1).mean() >= least
+    assert carries_AF.any(0).all()
+    cosine_AF = np.abs(found.whole.atom_ID[found.new_I].numpy() @ made.direction_FD[40:].T)
+    assert cosine_AF.max(0).min() > 0.65
+    assert len(found.null_token_I) <= 0.002 * found.n_base
+    assert len(found.added_token_I) > 10
+
+
+def test_without_saturation_another_base_pass_adds_much() -> None:
+    unit_ND = unit(toy(0, 0.05).base_ND)
+    once = Construction(PLAIN, 0.95, max_passes=1)
+    base, sizes = saturated(unit_ND, once)
+    again = grown(base, unit_ND, once)
+    assert len(sizes) == 1 and len(again) - len(base) > 5
+    full, sizes = saturated(unit_ND, Construction(PLAIN, 0.95))
+    assert len(grown(full, unit_ND, once)) == len(full) == sizes[-1]
+
+
+@pytest.mark.parametrize("max_passes", [1, 10])
+def test_identical_models_add_exactly_what_one_more_base_pass_adds(max_passes: int) -> None:
+    unit_ND = unit(toy(0, 0.05).base_ND)[:1500]
+    found = staged(unit_ND, unit_ND.clone(), Construction(PLAIN, 0.95, max_passes=max_passes))
+    np.testing.assert_array_equal(found.added_token_I, found.null_token_I)
+    assert len(found.new_I) == 0
+    assert (len(found.null_token_I) == 0) == (max_passes == 10)
+
+
+def test_base_atoms_stay_as_they_are() -> None:
+    found = built(0, 0.05, PLAIN)
+    base, _ = saturated(unit(toy(0, 0.05).base_ND), Construction(PLAIN, 0.95))
+    assert torch.equal(found.base.atom_ID, base.atom_ID) and len(found.whole) > len(base)
+
+
+@pytest.mark.parametrize("width", [8, 64, 512])
+def test_the_threshold_is_a_cosine_and_not_the_published_squared_error(width: int) -> None:
+    """Defect τ: 2(1 − cos)/D never exceeds 4/D, so τ = 0.1 at D = 512 added no atom beyond the first ones."""
+    start = Dictionary(torch.eye(width)[:1], np.zeros(1, np.int64))
+    angle_N = torch.tensor([0.9, 0.5, 0.0]).arccos()  # cosines with the only atom
+    row_ND = torch.zeros(3, width)
+    row_ND[:, 0], row_ND[torch.arange(3), torch.arange(1, 4)] = angle_N.cos(), angle_N.sin()
+    published_error = 2 * (1 - 0.5) / width
+    assert (published_error > 0.1) == (width == 8)
+    found = grown(start, row_ND, Construction(Pursuit(1), 0.8, batch_rows=1))
+    assert found.token_I.tolist() == [0, 1, 2]
+    assert grown(start, 1000 * row_ND, Construction(Pursuit(1), 0.8, batch_rows=1)).token_I.tolist() == [0, 1, 2]
+
+
+def test_near_duplicates_of_one_batch_are_added_once() -> None:
+    row_ND = unit(torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.05, 0.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.05], [0.0, 0.0, 1.0]]))
+    signed = Construction(Pursuit(1), 0.95, batch_rows=5)
+    assert grown(Dictionary.empty(row_ND), row_ND, signed).token_I.tolist() == [0, 2, 4]
+    positive = Construction(Pursuit(1, non_negative=True), 0.95, batch_rows=5)
+    assert grown(Dictionary.empty(row_ND), row_ND, positive).token_I.tolist() == [0, 2, 3, 4]
+
+
+def test_no_pass_exceeds_its_cap() -> None:
+    made = toy(0, 0.05)
+    how = Construction(PLAIN, 0.95, max_atoms=100)
+    found = staged(unit(made.base_ND), unit(made.tuned_ND), how)
+    assert found.n_base == 100 and found.n_after_pass == (100,)
+    assert len(found.null_token_I) == 100 and len(found.added_token_I) == 100
+
+
+def test_pads_bos_and_outlier_norms_never_become_atoms() -> None:
+    token_N = np.array([1, 5, 6, 7, 0, 8, 9])
+    norms_SN = np.array([[80.0, 1.0, 1.1, 0.9, 1.0, 1.0, 1.2], [80.0, 1.0, 1.1, 30.0, 1.0, 0.0, 1.2]])
+    assert usable(token_N, norms_SN, (0, 1), 10.0).tolist() == [False, True, True, False, False, False, True]
+    assert usable(np.array([0, 0]), np.ones((2, 2)), (0,), 10.0).tolist() == [False, False]
+
+
+def test_jaccard_closed_forms() -> None:
+    assert jaccard(np.array([1, 2, 3, 4]), np.array([3, 4, 5])) == pytest.approx(0.4)
+    assert jaccard(np.array([1, 2]), np.array([2, 1])) == 1.0
+    assert jaccard(np.array([1]), np.array([2])) == 0.0
+    assert jaccard(np.array([], int), np.array([], int)) == 1.0
+
+
+def test_two_constructions_are_equal() -> None:
+    unit_ND = unit(toy(0, 0.05).base_ND)[:1000]
+    first, second = (saturated(unit_ND, Construction(ORTHOGONAL, 0.95)) for _ in range(2))
+    assert first[1] == second[1] and torch.equal(first[0].atom_ID, second[0].atom_ID)
