@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.figure import Figure, cpu_s, in_turn
 from diffing_core.activation_pairs import PairedActivations, PairedFile
-from diffing_core.activations import ActivationWriter
+from diffing_core.activation_writer import ActivationWriter
 from diffing_core.blocks import TokenBlock
 from diffing_core.methods.sae_diff.declaration import SaeDiffSettings
 from diffing_core.methods.sae_diff.dictionary import Scaling
@@ -46,7 +46,7 @@ def _stored(folder: Path) -> PairedFile:
     token_N = torch.from_numpy(index_N)
     facts = index_N // LENGTH, index_N % LENGTH, np.zeros(ROWS, np.int8), np.zeros(ROWS, bool)
     for name in ("base", "tuned"):
-        writer = ActivationWriter(folder / name, WIDTH, torch.float32)
+        writer = ActivationWriter(folder / name, WIDTH, torch.float32, ROWS)
         writer.add(TokenBlock(token_N, token_N, *facts, None, None), torch.randn(ROWS, WIDTH))
         writer.close()
     return PairedFile.open("random", folder / "base", folder / "tuned")

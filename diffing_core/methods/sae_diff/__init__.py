@@ -8,7 +8,7 @@ times how often it fires. Findings are the tokens that the heaviest latents prom
 texts in which they fire most; this weight, the layer and the number of latents were chosen on the demo's organisms.
 β, the least-squares multiple of f d in either model's activations, says whether the base has the direction too.
 
-With `trained_on` the same is done with the base's or the tuned model's activations. The result's folder keeps weights
+With `targets` the same is done with the base's or the tuned model's activations. The result's folder keeps weights
 (safetensors under the names of dictionary-learning's BatchTopKSAE, which loads them), the configuration with the
 statistics of the input, and a checkpoint of what was interrupted.
 
@@ -59,16 +59,18 @@ def run(inputs: Inputs, settings: SaeDiffSettings) -> Tables:
     """
     pair, stored, folder = inputs[Need.MODELS], inputs[Need.ACTIVATIONS], inputs[Need.FOLDER]
     reading = FitReading(pair, stored)
-    chosen = Selection(first_position=settings.first_position, held_out_share=settings.held_out_share)
+    chosen = Selection(
+        settings.first_position, settings.roles, settings.template, held_out_share=settings.held_out_share
+    )
     every: list[Fitted] = []
     fits = []
     for layer in reading.layers(settings.layers):
         rows = stored.at(layer).of(chosen)
         moments = rows.of(replace(chosen, part="fit")).moments()
         if not moments["difference"].count:
-            raise NotComputableError(f"no token of {stored.name} is left to train on: lower first_position or held_out_share")
-        for column in settings.trained_on:
-            material = Material(rows, layer, column)
+            raise NotComputableError(f"no token of {stored.name} is left to train on: read more positions, roles or texts")
+        for target in settings.targets:
+            material = Material(rows, layer, target)
             fitted = Fitted.of(material, moments, settings, folder, pair.tuned.device)
             fits.append(fit_row(material, moments, fitted))
             every += [] if fitted is None else [fitted]
@@ -100,8 +102,8 @@ def _promoted(tables: Tables, settings: SaeDiffSettings) -> list[Finding]:
 
 def _texts(tables: Tables) -> list[Finding]:
     rows = tables[EXAMPLES.name].to_pylist()
-    strongest = [row for row in rows if row["trained_on"] == "difference" and row["rank"] == 1 and row["band"] == BANDS[-1]]
-    keys = ("layer", "trained_on", "latent", "band", "rank")
+    strongest = [row for row in rows if row["target"] == "difference" and row["rank"] == 1 and row["band"] == BANDS[-1]]
+    keys = ("layer", "target", "latent", "band", "rank")
     return [
         Finding("text_snippet", _around(row), row["score"], UNIT, EXAMPLES.name, {name: row[name] for name in keys},
                 layer=row["layer"], position=row["position"])
@@ -137,7 +139,7 @@ METHOD = Method(
     run=run,
     figures=(
         Figure("bar", "Tokens promoted by the latents of the difference", TOKENS, "token", "score", most=20),
-        Figure("line", "Held-out FVU by step", TRAINING, "step", "fvu", "trained_on"),
+        Figure("line", "Held-out FVU by step", TRAINING, "step", "fvu", "target"),
         Figure("bar", "Weight of the latents", LATENTS, "rank", "weight", most=40),
     ),
 )

@@ -35,7 +35,7 @@ class Fitted:
         cls, material: Material, moments: Mapping[str, Moments], settings: SaeDiffSettings, folder: Path, device: Any
     ) -> "Fitted | None":
         """Trains and measures; None where all rows are equal, as all differences of identical models are."""
-        own = moments[material.column]
+        own = moments[material.target]
         scaling = Scaling.of(own)
         if scaling.variance <= ROUNDING * float(own.mean_D @ own.mean_D):
             return None
@@ -62,15 +62,15 @@ class Fitted:
     def keys(self, latent_X: np.ndarray) -> dict[str, list[Any]]:
         """Values of the key columns of X latents."""
         n = len(latent_X)
-        return {"layer": [self.material.layer] * n, "trained_on": [self.material.column] * n, "latent": latent_X.tolist()}
+        return {"layer": [self.material.layer] * n, "target": [self.material.target] * n, "latent": latent_X.tolist()}
 
 
 def fit_row(material: Material, moments: Mapping[str, Moments], fitted: Fitted | None) -> dict[str, Any]:
     """The row of one autoencoder in the table of fits, also where nothing was trained."""
-    own, difference = moments[material.column], moments["difference"]
+    own, difference = moments[material.target], moments["difference"]
     row: dict[str, Any] = {
         "layer": material.layer,
-        "trained_on": material.column,
+        "target": material.target,
         "n_fit_tokens": own.count,
         "n_held_out_tokens": 0,
         "difference_energy": float(difference.variance_D().sum() + difference.mean_D @ difference.mean_D),

@@ -21,7 +21,7 @@ from diffing_core.steering import steering_table
 
 def training_table(every: Sequence[Fitted]) -> pa.Table:
     """The logs."""
-    rows = [{"layer": each.material.layer, "trained_on": each.material.column} | row for each in every for row in each.log]
+    rows = [{"layer": each.material.layer, "target": each.material.target} | row for each in every for row in each.log]
     return TRAINING.table({name: [row[name] for row in rows] for name in TRAINING.schema.names})
 
 
@@ -68,13 +68,13 @@ def token_table(every: Sequence[Fitted], lens: pa.Table) -> pa.Table:
     weight = {
         (each.material.layer, latent): float(each.latents.weight_F[latent])
         for each in every
-        if each.material.column == "difference"
+        if each.material.target == "difference"
         for latent in each.order_F.tolist()
     }
     found: dict[tuple[int, int], list[tuple[float, int]]] = {}
     text: dict[int, str] = {}
     for row in lens.to_pylist():
-        if (row["trained_on"], row["head"], row["direction"]) == ("difference", "tuned", "promoted"):
+        if (row["target"], row["head"], row["direction"]) == ("difference", "tuned", "promoted"):
             text[row["token_id"]] = row["token"]
             share = weight[row["layer"], row["latent"]] / np.log2(1 + row["rank"])
             found.setdefault((row["layer"], row["token_id"]), []).append((share, row["latent"]))
@@ -128,7 +128,7 @@ def _activations(each: Fitted, latent_X: np.ndarray) -> Any:
 
 def _together(chosen: Sequence[tuple[Fitted, np.ndarray]]) -> Mapping[str, list[Any]]:
     parts = [each.keys(latent_X) for each, latent_X in chosen]
-    return {name: [value for part in parts for value in part[name]] for name in ("layer", "trained_on", "latent")}
+    return {name: [value for part in parts for value in part[name]] for name in ("layer", "target", "latent")}
 
 
 def _or_null(values_F: np.ndarray) -> list[float | None]:
