@@ -3,9 +3,9 @@
     f = ReLU(W (δ − c) + b), kept where f > θ        δ̂ = f D + c        ‖d_j‖ = 1
 
 Trained by dictionary-learning's BatchTopKTrainer on the stored activations, of which a tenth of the sequences is held
-out. θ is set after training so that k latents fire per token. A latent weighs what it writes (its share of Σ‖δ − c‖²)
-times how often it fires. Findings are the tokens that the heaviest latents promote through the tuned model's head, and
-texts in which they fire most; this weight, the layer and the number of latents were chosen on the demo's organisms.
+out. θ is set after training so that k latents fire per token. Latents are ranked by their share of the energy Σ‖δ − c‖².
+Findings are the tokens that the first of them promote through the tuned model's head, by Σ energy share × p⁺, and texts
+in which they fire most; this score, the layer and the number of latents were chosen on the demo's organisms.
 β, the least-squares multiple of f d in either model's activations, says whether the base has the direction too.
 
 With `targets` the same is done with the base's or the tuned model's activations. The result's folder keeps weights
@@ -92,9 +92,8 @@ def findings(tables: Tables, settings: SaeDiffSettings) -> list[Finding]:
 
 
 def _promoted(tables: Tables, settings: SaeDiffSettings) -> list[Finding]:
-    unit = "energy share × frequency, discounted by place"
     return [
-        Finding("token", row["token"], row["score"], unit, TOKENS.name,
+        Finding("token", row["token"], row["score"], "energy share × probability", TOKENS.name,
                 {"layer": row["layer"], "token_id": row["token_id"]}, layer=row["layer"])
         for row in tables[TOKENS.name].slice(0, settings.shown).to_pylist()
     ]  # fmt: skip
@@ -140,6 +139,6 @@ METHOD = Method(
     figures=(
         Figure("bar", "Tokens promoted by the latents of the difference", TOKENS, "token", "score", most=20),
         Figure("line", "Held-out FVU by step", TRAINING, "step", "fvu", "target"),
-        Figure("bar", "Weight of the latents", LATENTS, "rank", "weight", most=40),
+        Figure("bar", "Energy share of the latents", LATENTS, "rank", "energy_share", most=40),
     ),
 )

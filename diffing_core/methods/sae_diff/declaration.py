@@ -96,8 +96,7 @@ LATENTS = TableSpec(
         LAYER,
         TARGET,
         LATENT,
-        Column("rank", "int32", "1 has the largest weight.", low=1),
-        Column("weight", "float64", "energy_share times frequency: large for what is both strong and common.", low=0),
+        Column("rank", "int32", "1 has the largest energy share.", low=1),
         Column("n_fires", "int64", "Tokens on which it fires.", role="count"),
         Column("frequency", "float64", "Share of tokens on which it fires.", low=0, high=1),
         Column("mean_activation", "float64", "Mean activation where it fires; null where it never does.", UNIT, nullable=True,
@@ -114,14 +113,13 @@ LATENTS = TableSpec(
 )  # fmt: skip
 TOKENS = TableSpec(
     "sae_diff_tokens",
-    "Tokens that the latents of the difference promote, over all of them, the strong and common ones counting most.",
+    "Tokens that the listed latents of the difference promote, over all of them.",
     ("layer", "token_id"),
     (
         LAYER,
         Column("token_id", "int32", "Vocabulary index.", role="key"),
         Column("token", "string", "The token as text."),
-        Column("score", "float64", "Sum over latents of weight / log2(1 + the token's place in the latent's list).", "", "effect",
-               low=0),
+        Column("score", "float64", "Sum over latents of energy share × p⁺ of the token in the latent's list.", "", "effect", low=0),
         Column("n_latents", "int32", "Latents whose list it is in.", role="count"),
         Column("strongest_latent", "int32", "The one that adds most to the score."),
     ),

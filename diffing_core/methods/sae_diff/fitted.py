@@ -46,13 +46,13 @@ class Fitted:
 
     @cached_property
     def order_F(self) -> np.ndarray:
-        """Latents by weight, the largest first; those that never fire are left out."""
-        weight_F = self.latents.weight_F
-        order_F = np.argsort(-weight_F, kind="stable")
-        return order_F[weight_F[order_F] > 0]
+        """Latents by energy share, the largest first; those that never fire are left out."""
+        share_F = self.latents.energy_share_F
+        order_F = np.argsort(-share_F, kind="stable")
+        return order_F[share_F[order_F] > 0]
 
     def leading(self, most: int) -> np.ndarray:
-        """The numbers of the first latents by weight."""
+        """The numbers of the first latents in that order."""
         return self.order_F[:most]
 
     def directions(self, latent_X: np.ndarray) -> np.ndarray:

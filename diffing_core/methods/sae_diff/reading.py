@@ -32,13 +32,12 @@ def latent_table(every: Sequence[Fitted]) -> pa.Table:
         latents = each.latents
         n_latents = len(latents.n_fires_F)
         rank_F = np.empty(n_latents, np.int32)
-        rank_F[np.argsort(-latents.weight_F, kind="stable")] = np.arange(1, n_latents + 1)
+        rank_F[np.argsort(-latents.energy_share_F, kind="stable")] = np.arange(1, n_latents + 1)
         ratio = latents.ratio
         parts.append(
             each.keys(np.arange(n_latents))
             | {
                 "rank": rank_F.tolist(),
-                "weight": latents.weight_F.tolist(),
                 "n_fires": latents.n_fires_F.tolist(),
                 "frequency": latents.frequency_F.tolist(),
                 "mean_activation": _or_null(latents.mean_F),
@@ -65,8 +64,8 @@ def lens_of(every: Sequence[Fitted], reading: FitReading, settings: SaeDiffSetti
 
 def token_table(every: Sequence[Fitted], lens: pa.Table) -> pa.Table:
     """What the latents of the difference promote, read with the tuned model's head."""
-    weight = {
-        (each.material.layer, latent): float(each.latents.weight_F[latent])
+    energy_share = {
+        (each.material.layer, latent): float(each.latents.energy_share_F[latent])
         for each in every
         if each.material.target == "difference"
         for latent in each.order_F.tolist()
@@ -76,7 +75,7 @@ def token_table(every: Sequence[Fitted], lens: pa.Table) -> pa.Table:
     for row in lens.to_pylist():
         if (row["target"], row["head"], row["direction"]) == ("difference", "tuned", "promoted"):
             text[row["token_id"]] = row["token"]
-            share = weight[row["layer"], row["latent"]] / np.log2(1 + row["rank"])
+            share = energy_share[row["layer"], row["latent"]] * row["probability"]
             found.setdefault((row["layer"], row["token_id"]), []).append((share, row["latent"]))
     rows = [
         {

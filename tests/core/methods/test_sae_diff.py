@@ -372,17 +372,17 @@ def test_base_and_tuned_have_autoencoders_of_their_own(models: tuple[ModelPair, 
     assert all(targets == {"difference", "base", "tuned"} for targets in listed.values()), listed
 
 
-def test_tokens_are_weighted_over_latents_of_the_difference(models: tuple[ModelPair, ModelPair, Path], tmp_path: Path) -> None:
+def test_tokens_are_summed_over_latents_of_the_difference(models: tuple[ModelPair, ModelPair, Path], tmp_path: Path) -> None:
     pair, _, store = models
     tables = run(pair, store, tmp_path, targets=("base", "difference"))
-    weight = {row["latent"]: row["weight"] for row in tables["sae_diff_latents"].to_pylist() if row["target"] == "difference"}
+    share = {row["latent"]: row["energy_share"] for row in tables["sae_diff_latents"].to_pylist() if row["target"] == "difference"}
     read = [
         row
         for row in tables["sae_diff_lens"].to_pylist()
         if (row["target"], row["head"], row["direction"]) == ("difference", "tuned", "promoted")
     ]
     best = tables["sae_diff_tokens"].to_pylist()[0]
-    own = [weight[row["latent"]] / np.log2(1 + row["rank"]) for row in read if row["token_id"] == best["token_id"]]
+    own = [share[row["latent"]] * row["probability"] for row in read if row["token_id"] == best["token_id"]]
     assert best["score"] == pytest.approx(sum(own))
     assert best["n_latents"] == len(own)
     shown = METHOD.findings(tables, METHOD.settings())
