@@ -3,11 +3,13 @@
     f = ReLU(W (δ − c) + b), kept where f > θ        δ̂ = f D + c        ‖d_j‖ = 1
 
 Trained by dictionary-learning's BatchTopKTrainer on the stored activations, of which a tenth of the sequences is held
-out. θ is set after training so that k latents fire per token. A latent weighs what it writes (its share of Σ‖δ − c‖²)
-times how often it fires; tokens that the heaviest latents promote through the tuned model's head are the findings, and
-texts in which they fire most. β, the least-squares multiple of f d in either model's activations, says whether the base
-has the direction too. With `trained_on` the same is trained on the base's or the tuned model's activations.
-The result's folder keeps weights (safetensors under the names of BatchTopKSAE, which loads them), configuration with the
+out. θ is set after training so that k latents fire per token. Latents are ranked by their share of the energy Σ‖δ − c‖².
+Findings are the tokens that the first of them promote through the tuned model's head, by Σ energy share × p⁺, and texts
+in which they fire most; this score, the layer and the number of latents were chosen on the demo's organisms.
+β, the least-squares multiple of f d in either model's activations, says whether the base has the direction too.
+
+With `targets` the same is done with the base's or the tuned model's activations. The result's folder keeps weights
+(safetensors under the names of dictionary-learning's BatchTopKSAE, which loads them), the configuration with the
 statistics of the input, and a checkpoint of what was interrupted.
 
 Reference: Bussmann et al. 2024 (arXiv 2412.06410); on differences and Latent Scaling Minder, Dumas et al. 2025
@@ -57,16 +59,18 @@ def run(inputs: Inputs, settings: SaeDiffSettings) -> Tables:
     """
     pair, stored, folder = inputs[Need.MODELS], inputs[Need.ACTIVATIONS], inputs[Need.FOLDER]
     reading = FitReading(pair, stored)
-    chosen = Selection(first_position=settings.first_position, held_out_share=settings.held_out_share)
+    chosen = Selection(
+        settings.first_position, settings.roles, settings.template, held_out_share=settings.held_out_share
+    )
     every: list[Fitted] = []
     fits = []
     for layer in reading.layers(settings.layers):
         rows = stored.at(layer).of(chosen)
         moments = rows.of(replace(chosen, part="fit")).moments()
         if not moments["difference"].count:
-            raise NotComputableError(f"no token of {stored.name} is left to train on: lower first_position or held_out_share")
-        for column in settings.trained_on:
-            material = Material(rows, layer, column)
+            raise NotComputableError(f"no token of {stored.name} is left to train on: read more positions, roles or texts")
+        for target in settings.targets:
+            material = Material(rows, layer, target)
             fitted = Fitted.of(material, moments, settings, folder, pair.tuned.device)
             fits.append(fit_row(material, moments, fitted))
             every += [] if fitted is None else [fitted]
@@ -88,9 +92,8 @@ def findings(tables: Tables, settings: SaeDiffSettings) -> list[Finding]:
 
 
 def _promoted(tables: Tables, settings: SaeDiffSettings) -> list[Finding]:
-    unit = "energy share × frequency, discounted by place"
     return [
-        Finding("token", row["token"], row["score"], unit, TOKENS.name,
+        Finding("token", row["token"], row["score"], "energy share × probability", TOKENS.name,
                 {"layer": row["layer"], "token_id": row["token_id"]}, layer=row["layer"])
         for row in tables[TOKENS.name].slice(0, settings.shown).to_pylist()
     ]  # fmt: skip
@@ -98,8 +101,8 @@ def _promoted(tables: Tables, settings: SaeDiffSettings) -> list[Finding]:
 
 def _texts(tables: Tables) -> list[Finding]:
     rows = tables[EXAMPLES.name].to_pylist()
-    strongest = [row for row in rows if row["trained_on"] == "difference" and row["rank"] == 1 and row["band"] == BANDS[-1]]
-    keys = ("layer", "trained_on", "latent", "band", "rank")
+    strongest = [row for row in rows if row["target"] == "difference" and row["rank"] == 1 and row["band"] == BANDS[-1]]
+    keys = ("layer", "target", "latent", "band", "rank")
     return [
         Finding("text_snippet", _around(row), row["score"], UNIT, EXAMPLES.name, {name: row[name] for name in keys},
                 layer=row["layer"], position=row["position"])
@@ -135,7 +138,7 @@ METHOD = Method(
     run=run,
     figures=(
         Figure("bar", "Tokens promoted by the latents of the difference", TOKENS, "token", "score", most=20),
-        Figure("line", "Held-out FVU by step", TRAINING, "step", "fvu", "trained_on"),
-        Figure("bar", "Weight of the latents", LATENTS, "rank", "weight", most=40),
+        Figure("line", "Held-out FVU by step", TRAINING, "step", "fvu", "target"),
+        Figure("bar", "Energy share of the latents", LATENTS, "rank", "energy_share", most=40),
     ),
 )

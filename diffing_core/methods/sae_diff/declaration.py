@@ -5,11 +5,12 @@ from typing import Literal
 from pydantic import Field
 
 from diffing_core.band_examples import bands_spec
+from diffing_core.corpus import ROLES
 from diffing_core.lens_tables import lens_spec
 from diffing_core.steering import SteeringSettings, steering_spec
 from diffing_core.tables import Column, TableSpec
 
-Trained = Literal["difference", "base", "tuned"]
+Target = Literal["difference", "base", "tuned"]
 UNIT = "activation units"
 
 
@@ -19,20 +20,22 @@ class SaeDiffSettings(SteeringSettings):
     layers: tuple[int | float, ...] | None = Field(
         (1.0,), description="Stored blocks to read; a fraction r means floor(r · (L − 1)); none means all that are stored."
     )
-    trained_on: tuple[Trained, ...] = Field(
+    targets: tuple[Target, ...] = Field(
         ("difference",), min_length=1, description="What is trained on, an autoencoder each: difference, base, tuned."
     )
-    expansion: float = Field(2.0, gt=0, description="Latents per dimension of the residual stream.")
+    expansion: float = Field(2.0, gt=0, description="Latents per dimension of the residual stream; fewer where tokens are.")
     k: int | None = Field(
         None, ge=1, description="Latents that fire per token, on average; none means a sixteenth of the width, 4 to 100."
     )
     batch_rows: int = Field(2048, ge=16, description="Tokens per step; down to a sixteenth of it on small corpora.")
-    epochs: float = Field(3.0, gt=0, description="Times each token is trained on.")
+    epochs: float = Field(4.0, gt=0, description="Times each token is trained on.")
     max_tokens: int = Field(100_000_000, ge=1, description="Tokens trained on, at most.")
     learning_rate: float | None = Field(
         None, gt=0, description="Of Adam; none means dictionary-learning's 2e-4 / sqrt(latents / 2^14)."
     )
     first_position: int = Field(0, ge=0, description="Positions before it are left out, in every sequence.")
+    roles: tuple[str, ...] | None = Field(None, description=f"Turns that are read, of {', '.join(ROLES)}; none means all.")
+    template: bool = Field(True, description="Whether tokens of the chat template are read too.")
     held_out_share: float = Field(0.1, gt=0, lt=1, description="Share of the sequences on which the fit is measured.")
     seed: int = Field(0, ge=0, description="Of the first weights and of the order of tokens.")
     listed: int = Field(50, ge=1, description="Latents read through the lens, those that carry most of what is rebuilt.")
@@ -43,16 +46,16 @@ class SaeDiffSettings(SteeringSettings):
 
 
 LAYER = Column("layer", "int32", "Block whose output was read, from 0.", role="key")
-TRAINED_ON = Column("trained_on", "string", "What is rebuilt: difference (tuned − base), base or tuned.", role="key")
+TARGET = Column("target", "string", "What is rebuilt: difference (tuned − base), base or tuned.", role="key")
 LATENT = Column("latent", "int32", "Number of the latent, from 0.", role="key", low=0)
 
 FIT = TableSpec(
     "sae_diff_fit",
     "How each autoencoder was trained and how well it rebuilds tokens of sequences that were held out.",
-    ("layer", "trained_on"),
+    ("layer", "target"),
     (
         LAYER,
-        TRAINED_ON,
+        TARGET,
         Column("n_fit_tokens", "int64", "Tokens to train on.", role="count"),
         Column("n_held_out_tokens", "int64", "Tokens held out.", role="count"),
         Column("difference_energy", "float64", "Mean ‖tuned − base‖² of the tokens to train on.", f"({UNIT})²", "effect", low=0),
@@ -72,10 +75,10 @@ FIT = TableSpec(
 TRAINING = TableSpec(
     "sae_diff_training",
     "The course of each training, measured on a sample of held-out tokens.",
-    ("layer", "trained_on", "step"),
+    ("layer", "target", "step"),
     (
         LAYER,
-        TRAINED_ON,
+        TARGET,
         Column("step", "int32", "Steps done.", role="key", low=1),
         Column("loss", "float64", "Loss of that step's batch, of rows with total variance 1: squared error + aux / 32."),
         Column("fvu", "float64", "Squared error over variance; null without held-out tokens.", "", nullable=True, low=0),
@@ -88,13 +91,12 @@ TRAINING = TableSpec(
 LATENTS = TableSpec(
     "sae_diff_latents",
     "What each latent does over all tokens, and how much of its direction either model has where it fires.",
-    ("layer", "trained_on", "latent"),
+    ("layer", "target", "latent"),
     (
         LAYER,
-        TRAINED_ON,
+        TARGET,
         LATENT,
-        Column("rank", "int32", "1 has the largest weight.", low=1),
-        Column("weight", "float64", "energy_share times frequency: large for what is both strong and common.", low=0),
+        Column("rank", "int32", "1 has the largest energy share.", low=1),
         Column("n_fires", "int64", "Tokens on which it fires.", role="count"),
         Column("frequency", "float64", "Share of tokens on which it fires.", low=0, high=1),
         Column("mean_activation", "float64", "Mean activation where it fires; null where it never does.", UNIT, nullable=True,
@@ -111,27 +113,26 @@ LATENTS = TableSpec(
 )  # fmt: skip
 TOKENS = TableSpec(
     "sae_diff_tokens",
-    "Tokens that the latents of the difference promote, over all of them, the strong and common ones counting most.",
+    "Tokens that the listed latents of the difference promote, over all of them.",
     ("layer", "token_id"),
     (
         LAYER,
         Column("token_id", "int32", "Vocabulary index.", role="key"),
         Column("token", "string", "The token as text."),
-        Column("score", "float64", "Sum over latents of weight / log2(1 + the token's place in the latent's list).", "", "effect",
-               low=0),
+        Column("score", "float64", "Sum over latents of energy share × p⁺ of the token in the latent's list.", "", "effect", low=0),
         Column("n_latents", "int32", "Latents whose list it is in.", role="count"),
         Column("strongest_latent", "int32", "The one that adds most to the score."),
     ),
 )  # fmt: skip
 LENS = lens_spec(
-    "sae_diff_lens", "Tokens that the decoder direction of a latent promotes or suppresses.", (LAYER, TRAINED_ON, LATENT)
+    "sae_diff_lens", "Tokens that the decoder direction of a latent promotes or suppresses.", (LAYER, TARGET, LATENT)
 )
 EXAMPLES = bands_spec(
     "sae_diff_examples",
     "Texts in which a latent fires, from all over the range of its activation.",
-    (LAYER, TRAINED_ON, LATENT),
+    (LAYER, TARGET, LATENT),
     unit=UNIT,
     role="info",
 )
-STEERED = steering_spec("sae_diff_steering", (LAYER, TRAINED_ON, LATENT))
+STEERED = steering_spec("sae_diff_steering", (LAYER, TARGET, LATENT))
 TABLES = (FIT, TRAINING, LATENTS, TOKENS, LENS, EXAMPLES, STEERED)

@@ -42,7 +42,7 @@ class Scaling:
 
     def apply(self, rows_ND: Any) -> Any:
         """Scaled rows, float32."""
-        return (rows_ND.float() - torch.from_numpy(self.mean_D).to(rows_ND.device, torch.float32)) * self.factor
+        return (rows_ND.float() - torch.from_numpy(self.mean_D).float().to(rows_ND.device)) * self.factor
 
 
 @dataclass(frozen=True)

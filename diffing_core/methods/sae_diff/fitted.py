@@ -14,7 +14,7 @@ from diffing_core.methods.sae_diff.fit import Fit
 from diffing_core.methods.sae_diff.latents import Latents
 from diffing_core.methods.sae_diff.plan import Plan
 from diffing_core.methods.sae_diff.training import Material, trained
-from diffing_core.sums import Moments
+from diffing_core.sums import Moments, float64_device
 
 ROUNDING = 1e-10  # variance below this share of the mean square is what subtraction leaves of equal rows
 
@@ -35,24 +35,24 @@ class Fitted:
         cls, material: Material, moments: Mapping[str, Moments], settings: SaeDiffSettings, folder: Path, device: Any
     ) -> "Fitted | None":
         """Trains and measures; None where all rows are equal, as all differences of identical models are."""
-        own = moments[material.column]
+        own = moments[material.target]
         scaling = Scaling.of(own)
         if scaling.variance <= ROUNDING * float(own.mean_D @ own.mean_D):
             return None
         plan = Plan.of(settings, material.rows.d_model, own.count)
         made = trained(material, plan, scaling, folder, device)
-        dictionary = made.dictionary.to(device)
+        dictionary = made.dictionary.to(float64_device(device))
         return cls(material, dictionary, plan, made.log, Fit.of(material, dictionary), Latents.of(material, dictionary))
 
     @cached_property
     def order_F(self) -> np.ndarray:
-        """Latents by weight, the largest first; those that never fire are left out."""
-        weight_F = self.latents.weight_F
-        order_F = np.argsort(-weight_F, kind="stable")
-        return order_F[weight_F[order_F] > 0]
+        """Latents by energy share, the largest first; those that never fire are left out."""
+        share_F = self.latents.energy_share_F
+        order_F = np.argsort(-share_F, kind="stable")
+        return order_F[share_F[order_F] > 0]
 
     def leading(self, most: int) -> np.ndarray:
-        """The numbers of the first latents by weight."""
+        """The numbers of the first latents in that order."""
         return self.order_F[:most]
 
     def directions(self, latent_X: np.ndarray) -> np.ndarray:
@@ -62,15 +62,15 @@ class Fitted:
     def keys(self, latent_X: np.ndarray) -> dict[str, list[Any]]:
         """Values of the key columns of X latents."""
         n = len(latent_X)
-        return {"layer": [self.material.layer] * n, "trained_on": [self.material.column] * n, "latent": latent_X.tolist()}
+        return {"layer": [self.material.layer] * n, "target": [self.material.target] * n, "latent": latent_X.tolist()}
 
 
 def fit_row(material: Material, moments: Mapping[str, Moments], fitted: Fitted | None) -> dict[str, Any]:
     """The row of one autoencoder in the table of fits, also where nothing was trained."""
-    own, difference = moments[material.column], moments["difference"]
+    own, difference = moments[material.target], moments["difference"]
     row: dict[str, Any] = {
         "layer": material.layer,
-        "trained_on": material.column,
+        "target": material.target,
         "n_fit_tokens": own.count,
         "n_held_out_tokens": 0,
         "difference_energy": float(difference.variance_D().sum() + difference.mean_D @ difference.mean_D),

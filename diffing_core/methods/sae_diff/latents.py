@@ -56,11 +56,6 @@ class Latents:
         """Σ f² over Σ‖x − c‖²: how much of what is rebuilt it writes; shares of overlapping latents add up to more than 1."""
         return self.energy_F / self.total_energy if self.total_energy else np.zeros_like(self.energy_F)
 
-    @property
-    def weight_F(self) -> np.ndarray:
-        """Energy share times frequency: by it latents are ranked."""
-        return self.energy_share_F * self.frequency_F
-
     @classmethod
     def of(cls, material: Material, dictionary: Dictionary) -> "Latents":
         """Reads all rows once."""

@@ -15,6 +15,7 @@ from diffing_core.methods.sae_diff.declaration import SaeDiffSettings
 PACKAGE_STEPS, PACKAGE_DEAD_TOKENS, PACKAGE_BETA = 1000, 10_000_000, 0.999
 FEWEST_STEPS = 20
 BATCHES_PER_EPOCH = 100
+TOKENS_PER_LATENT = 100
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,14 @@ class Plan:
 
     @classmethod
     def of(cls, settings: SaeDiffSettings, width: int, n_rows: int) -> Self:
-        """The plan for n_rows rows: small corpora get smaller batches, at least BATCHES_PER_EPOCH of them an epoch."""
+        """The plan for n_rows rows; small corpora get smaller batches and fewer latents.
+
+        At least BATCHES_PER_EPOCH batches make an epoch, down to a sixteenth of the batch that was asked for, and a
+        latent has TOKENS_PER_LATENT tokens to learn from.
+        """
         batch_rows = max(1, min(settings.batch_rows, max(settings.batch_rows // 16, n_rows // BATCHES_PER_EPOCH), n_rows))
-        n_latents = max(1, round(settings.expansion * width))
         k = settings.k or max(4, min(100, width // 16))
+        n_latents = max(1, round(min(settings.expansion * width, max(n_rows / TOKENS_PER_LATENT, 2 * k))))
         tokens = min(settings.epochs * n_rows, settings.max_tokens)
         steps = max(FEWEST_STEPS, round(tokens / batch_rows))
         return cls(width, n_latents, min(k, n_latents), batch_rows, steps, settings.learning_rate, settings.seed)

@@ -21,7 +21,7 @@ from diffing_core.steering import steering_table
 
 def training_table(every: Sequence[Fitted]) -> pa.Table:
     """The logs."""
-    rows = [{"layer": each.material.layer, "trained_on": each.material.column} | row for each in every for row in each.log]
+    rows = [{"layer": each.material.layer, "target": each.material.target} | row for each in every for row in each.log]
     return TRAINING.table({name: [row[name] for row in rows] for name in TRAINING.schema.names})
 
 
@@ -32,13 +32,12 @@ def latent_table(every: Sequence[Fitted]) -> pa.Table:
         latents = each.latents
         n_latents = len(latents.n_fires_F)
         rank_F = np.empty(n_latents, np.int32)
-        rank_F[np.argsort(-latents.weight_F, kind="stable")] = np.arange(1, n_latents + 1)
+        rank_F[np.argsort(-latents.energy_share_F, kind="stable")] = np.arange(1, n_latents + 1)
         ratio = latents.ratio
         parts.append(
             each.keys(np.arange(n_latents))
             | {
                 "rank": rank_F.tolist(),
-                "weight": latents.weight_F.tolist(),
                 "n_fires": latents.n_fires_F.tolist(),
                 "frequency": latents.frequency_F.tolist(),
                 "mean_activation": _or_null(latents.mean_F),
@@ -65,18 +64,18 @@ def lens_of(every: Sequence[Fitted], reading: FitReading, settings: SaeDiffSetti
 
 def token_table(every: Sequence[Fitted], lens: pa.Table) -> pa.Table:
     """What the latents of the difference promote, read with the tuned model's head."""
-    weight = {
-        (each.material.layer, latent): float(each.latents.weight_F[latent])
+    energy_share = {
+        (each.material.layer, latent): float(each.latents.energy_share_F[latent])
         for each in every
-        if each.material.column == "difference"
+        if each.material.target == "difference"
         for latent in each.order_F.tolist()
     }
     found: dict[tuple[int, int], list[tuple[float, int]]] = {}
     text: dict[int, str] = {}
     for row in lens.to_pylist():
-        if (row["trained_on"], row["head"], row["direction"]) == ("difference", "tuned", "promoted"):
+        if (row["target"], row["head"], row["direction"]) == ("difference", "tuned", "promoted"):
             text[row["token_id"]] = row["token"]
-            share = weight[row["layer"], row["latent"]] / np.log2(1 + row["rank"])
+            share = energy_share[row["layer"], row["latent"]] * row["probability"]
             found.setdefault((row["layer"], row["token_id"]), []).append((share, row["latent"]))
     rows = [
         {
@@ -128,7 +127,7 @@ def _activations(each: Fitted, latent_X: np.ndarray) -> Any:
 
 def _together(chosen: Sequence[tuple[Fitted, np.ndarray]]) -> Mapping[str, list[Any]]:
     parts = [each.keys(latent_X) for each, latent_X in chosen]
-    return {name: [value for part in parts for value in part[name]] for name in ("layer", "trained_on", "latent")}
+    return {name: [value for part in parts for value in part[name]] for name in ("layer", "target", "latent")}
 
 
 def _or_null(values_F: np.ndarray) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Training one autoencoder on one column of the stored activations: difference, base or tuned.
+"""Training one autoencoder on one target among the stored activations: difference, base or tuned.
 
 The trainer is dictionary-learning's; the loop is ours, because `trainSAE` can neither go on from a checkpoint nor be
 interrupted between steps, and imports wandb. Two more of its habits are left out: `update(0, …)` puts the geometric
@@ -9,11 +9,11 @@ Suffixes: N rows, D model width, F latents.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffing_core.activation_pairs import PairedActivations, PairedRows, Selection
+from diffing_core.activation_pairs import PairedActivations, PairedRows
 from diffing_core.interrupts import held_interrupts
 from diffing_core.lazy import torch
 from diffing_core.methods.sae_diff.checkpoint import check_same, load_checkpoint, save_checkpoint
@@ -29,25 +29,24 @@ CHECKPOINT_STEPS = 1000
 
 @dataclass(frozen=True)
 class Material:
-    """What an autoencoder is trained on: `column` (difference, base or tuned) of the chosen rows at one layer."""
+    """What an autoencoder is trained on: `target` (difference, base or tuned) of the chosen rows at one layer."""
 
     rows: PairedActivations
     layer: int
-    column: str
+    target: str
 
     @property
     def name(self) -> str:
         """Of its files, and in progress lines."""
-        return f"layer_{self.layer}.{self.column}"
+        return f"layer_{self.layer}.{self.target}"
 
     def vectors(self, rows: PairedRows) -> Any:
-        """The column, float32 [N, D]."""
-        return getattr(rows, f"{self.column}_ND").float()
+        """The target, float32 [N, D]."""
+        return getattr(rows, f"{self.target}_ND").float()
 
     def part(self, part: str) -> PairedActivations:
         """The rows to fit on, or those held out."""
-        chosen = self.rows.selection
-        return self.rows.of(Selection(chosen.first_position, chosen.roles, chosen.template, part, chosen.held_out_share))
+        return self.rows.of(replace(self.rows.selection, part=part))
 
     def moments(self) -> Moments:
         """Mean and variance of the rows to fit on, float64."""
@@ -79,7 +78,7 @@ def trained(material: Material, plan: Plan, scaling: Scaling, folder: Path, devi
     """
     file = folder / f"{material.name}.safetensors"
     config = {
-        "trained_on": material.column,
+        "target": material.target,
         "layer": material.layer,
         **plan.config(),
         "mean": scaling.mean_D.tolist(),

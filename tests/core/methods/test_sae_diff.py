@@ -53,8 +53,8 @@ class Toy:
         self.tuned_ND = self.base_ND + active_NF @ self.direction_FD + noise_ND
         self.rows = PairedActivations([stored(folder, self.base_ND.to(dtype), self.tuned_ND.to(dtype))])
 
-    def material(self, column: str = "difference") -> Material:
-        return Material(self.rows, 1, column)
+    def material(self, target: str = "difference") -> Material:
+        return Material(self.rows, 1, target)
 
 
 def stored(folder: Path, base_ND: Any, tuned_ND: Any) -> PairedFile:
@@ -358,31 +358,31 @@ def run(pair: ModelPair, store: Path, folder: Path, **settings: Any) -> dict[str
 
 def test_base_and_tuned_have_autoencoders_of_their_own(models: tuple[ModelPair, ModelPair, Path], tmp_path: Path) -> None:
     pair, _, store = models
-    tables = run(pair, store, tmp_path, trained_on=("difference", "base", "tuned"), layers=(0.5, 1.0))
+    tables = run(pair, store, tmp_path, targets=("difference", "base", "tuned"), layers=(0.5, 1.0))
     fits = tables["sae_diff_fit"].to_pylist()
-    assert [(row["layer"], row["trained_on"]) for row in fits] == list(
+    assert [(row["layer"], row["target"]) for row in fits] == list(
         itertools.product((1, 2), ("difference", "base", "tuned"))
     )
     assert len({row["variance"] for row in fits}) == 6
     assert all(row["n_held_out_tokens"] > 0 and row["fvu"] > 0 for row in fits)
     assert {file.name for file in tmp_path.glob("*.safetensors")} == {
-        f"layer_{row['layer']}.{row['trained_on']}.safetensors" for row in fits
+        f"layer_{row['layer']}.{row['target']}.safetensors" for row in fits
     }
-    listed = {name: {row["trained_on"] for row in tables[name].to_pylist()} for name in tables if name != "sae_diff_tokens"}
-    assert all(columns == {"difference", "base", "tuned"} for columns in listed.values()), listed
+    listed = {name: {row["target"] for row in tables[name].to_pylist()} for name in tables if name != "sae_diff_tokens"}
+    assert all(targets == {"difference", "base", "tuned"} for targets in listed.values()), listed
 
 
-def test_tokens_are_weighted_over_latents_of_the_difference(models: tuple[ModelPair, ModelPair, Path], tmp_path: Path) -> None:
+def test_tokens_are_summed_over_latents_of_the_difference(models: tuple[ModelPair, ModelPair, Path], tmp_path: Path) -> None:
     pair, _, store = models
-    tables = run(pair, store, tmp_path, trained_on=("base", "difference"))
-    weight = {row["latent"]: row["weight"] for row in tables["sae_diff_latents"].to_pylist() if row["trained_on"] == "difference"}
+    tables = run(pair, store, tmp_path, targets=("base", "difference"))
+    share = {row["latent"]: row["energy_share"] for row in tables["sae_diff_latents"].to_pylist() if row["target"] == "difference"}
     read = [
         row
         for row in tables["sae_diff_lens"].to_pylist()
-        if (row["trained_on"], row["head"], row["direction"]) == ("difference", "tuned", "promoted")
+        if (row["target"], row["head"], row["direction"]) == ("difference", "tuned", "promoted")
     ]
     best = tables["sae_diff_tokens"].to_pylist()[0]
-    own = [weight[row["latent"]] / np.log2(1 + row["rank"]) for row in read if row["token_id"] == best["token_id"]]
+    own = [share[row["latent"]] * row["probability"] for row in read if row["token_id"] == best["token_id"]]
     assert best["score"] == pytest.approx(sum(own))
     assert best["n_latents"] == len(own)
     shown = METHOD.findings(tables, METHOD.settings())
@@ -392,7 +392,7 @@ def test_tokens_are_weighted_over_latents_of_the_difference(models: tuple[ModelP
 
 def test_identical_models_train_nothing_on_their_difference(models: tuple[ModelPair, ModelPair, Path], tmp_path: Path) -> None:
     _, same, store = models
-    tables = run(same, store, tmp_path, trained_on=("difference", "tuned"))
+    tables = run(same, store, tmp_path, targets=("difference", "tuned"))
     difference, tuned = tables["sae_diff_fit"].to_pylist()
     assert difference["difference_energy"] == tuned["difference_energy"] == difference["n_latents"] == 0
     assert tuned["n_latents"] > 0
@@ -401,5 +401,5 @@ def test_identical_models_train_nothing_on_their_difference(models: tuple[ModelP
 
 def test_no_token_left_is_said_before_any_work(models: tuple[ModelPair, ModelPair, Path], tmp_path: Path) -> None:
     pair, _, store = models
-    with pytest.raises(NotComputableError, match="lower first_position"):
+    with pytest.raises(NotComputableError, match="no token of probe is left"):
         run(pair, store, tmp_path, first_position=12)
