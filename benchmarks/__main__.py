@@ -4,8 +4,8 @@ import logging
 import sys
 from pathlib import Path
 
-from benchmarks import mining, platform, storage, stream, weights
-from benchmarks.figure import write
+from benchmarks import mining, platform, sae, storage, stream, weights
+from benchmarks.figure import steady_heap, write
 from diffing_core.settings import diffing_home
 
 BENCHMARKS = (
@@ -19,14 +19,17 @@ BENCHMARKS = (
     platform.definitions_load,
     platform.partition_overhead,
     storage.parquet,
+    storage.shuffling,
     storage.encodings,
     weights.lora_spectrum,
+    sae.sae_training,
 )
 
 
 def main(names: list[str]) -> None:
     """Runs, prints and writes them down; a partial run writes nothing."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    steady_heap()
     figures = []
     for benchmark in BENCHMARKS:
         if names and benchmark.__name__ not in names:

@@ -114,14 +114,16 @@ def edit(
     specification: Annotated[str, typer.Argument(help="A YAML file, or a packaged amplification: 2x, 3x, negative_1x …")],
     out: Annotated[Path, typer.Option(help="The folder is written below it.")],
     model: Annotated[str, typer.Option(help="Registered base model.")] = "demo",
-    organism: Annotated[str | None, typer.Option(help="With a packaged amplification: what is amplified.")] = None,
+    organism: Annotated[str | None, typer.Option(help="The finetune that the specification leaves open.")] = None,
     variant: Annotated[str, typer.Option()] = "default",
 ) -> None:
     """Writes an edited model (amplified, negated, summed, truncated) as an ordinary PEFT or Hugging Face folder."""
     from diffing_core.registry import load_registry
     from diffing_core.weight_edits import amplified, read_specification, write_edit
 
-    asked = amplified(specification, organism, variant) if organism else read_specification(Path(specification))
+    file = Path(specification)
+    asked = amplified(specification, organism, variant) if organism and not file.is_file() else read_specification(file)
+    asked = asked.on(organism, variant) if organism else asked
     typer.echo(str(write_edit(asked, model, load_registry(), out)))
 
 

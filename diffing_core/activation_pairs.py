@@ -3,7 +3,7 @@
     stored = inputs[Need.ACTIVATIONS]                      # StoredPair: which layers, which corpora
     for rows in stored.at(5).of(Selection(first_position=4)).shuffled(2048, seed=0): …
 
-Rows of base and tuned belong together by place and are checked by sequence, position and token; the two files may
+Rows of base and tuned belong together by place and are checked by sequence, position and token; the two sets may
 be cut into row groups differently. Row order on disk is longest sequences first, so whoever trains must shuffle:
 chunks of all corpora are drawn in random order into a pool of `pool_rows`, which is emptied in random order. Each
 corpus's chunks are spread evenly over the epoch, so that every pool holds corpora in the proportion of their sizes.
@@ -19,7 +19,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from diffing_core.activations import ROWS_PER_GROUP, ActivationFile, ActivationStore
+from diffing_core.activation_parts import ROWS_PER_GROUP
+from diffing_core.activations import ActivationSet, ActivationStore
 from diffing_core.corpus import ROLES, ProbeCorpus
 from diffing_core.errors import NotComputableError, StorageError
 from diffing_core.lazy import torch
@@ -92,11 +93,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class PairedFile:
-    """The files of both models over one corpus, at one layer."""
+    """The stored sets of both models over one corpus, at one layer."""
 
     corpus: str
-    base: ActivationFile
-    tuned: ActivationFile
+    base: ActivationSet
+    tuned: ActivationSet
 
     @property
     def n_rows(self) -> int:
@@ -108,9 +109,9 @@ class PairedFile:
         """Opens both.
 
         Raises:
-            StorageError: a file is missing, damaged or no activation file, or the two are of different size.
+            StorageError: a set is incomplete, damaged or none of activations, or the two are of different size.
         """
-        pair = cls(corpus, ActivationFile(base), ActivationFile(tuned))
+        pair = cls(corpus, ActivationSet(base), ActivationSet(tuned))
         for what in ("n_rows", "d_model"):
             ours, theirs = getattr(pair.base, what), getattr(pair.tuned, what)
             if ours != theirs:
@@ -127,7 +128,7 @@ class PairedFile:
             differs = np.flatnonzero(getattr(base, name) != getattr(tuned, name))
             if len(differs):
                 raise StorageError(
-                    f"row {start + differs[0]} of {self.base.path} and of {self.tuned.path} are different tokens "
+                    f"row {start + differs[0]} of {self.base.folder} and of {self.tuned.folder} are different tokens "
                     f"({name[:-2]}); delete both and materialize `activations` again"
                 )
         facts = {name: getattr(base, name) for name in FACTS}
@@ -252,11 +253,11 @@ class StoredPair:
 
     def at(self, layer: int) -> PairedActivations:
         """All rows at one of `layers`."""
-        return PairedActivations([PairedFile.open(corpus.name, *self._files(corpus, layer)) for corpus in self.corpora])
+        return PairedActivations([PairedFile.open(corpus.name, *self._folders(corpus, layer)) for corpus in self.corpora])
 
-    def _files(self, corpus: ProbeCorpus, layer: int) -> tuple[Path, Path]:
+    def _folders(self, corpus: ProbeCorpus, layer: int) -> tuple[Path, Path]:
         base, tuned = (
-            self.store.file(revision, corpus.content_hash, layer, dtype) for revision, dtype in (self.base, self.tuned)
+            self.store.folder(revision, corpus.content_hash, layer, dtype) for revision, dtype in (self.base, self.tuned)
         )
         return base, tuned
 

@@ -20,7 +20,7 @@ from diffing_core.corpus import ProbeCorpus
 from diffing_core.elementwise import exp
 from diffing_core.errors import UndeclaredNeedError
 from diffing_core.lazy import torch
-from diffing_core.vocabulary import Vocabulary
+from diffing_core.vocabulary import Vocabulary, vocabulary_of
 
 VALUES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}  # logits of one side: rows enough for an efficient head
 VALUES_PER_TILE = {"cpu": 2**17, "cuda": 2**26}  # a dozen arrays of this size stay in a core's cache
@@ -62,7 +62,7 @@ class StreamContext:
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.tokenizer, self.vocab_size)
+        return vocabulary_of(self.tokenizer, self.vocab_size)
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token decoded on its own."""

@@ -4,11 +4,18 @@
     distinct_n        = distinct n-grams of words / n-grams, over all texts
     repeated_share    = mean over texts of the share of word pairs that the same text already had
     finished_share    = texts that the model ended by itself                    mean_tokens = their length
+    coherence         = mean over texts of c(t), the grade of one text
 
-A text that nobody would write is unlikely under the base, or likely and repetitive; so both are to be read. Measures are
-rows, not columns: a judge's opinion is one more row.
+    c(t) = share of the base's answers b with s(b) <= s(t)        s(t) = min(p_logprob(t), p_repeated(t))
+    p_logprob(t)  = share of them that the base finds no likelier than t      p_repeated(t) = share that repeat no less
 
-Shapes: B texts, T positions, N places, D model width, V vocabulary.
+A text that nobody would write is unlikely under the base, or likely and repetitive; so both are to be read. The grade of a
+text is its place among what the base itself said in the same run: 0 is odder than all of that, and of the base's own
+answers a share of at most q has a grade of q or less. It is no verdict on new content: what only the finetune says is
+unlikely under the base too, so grades of the tuned model are where those of edited models are compared from. Measures of
+models are rows, not columns: a judge's opinion is one more row.
+
+Shapes: B texts, T positions, N places or texts, R texts of the base, D model width, V vocabulary.
 Reference: Li et al. 2016 (distinct-n); Holtzman et al. 2020 (repetition and likelihood).
 """
 
@@ -24,6 +31,7 @@ from diffing_core.lazy import torch
 from diffing_core.subject import Subject
 
 TOKENS_PER_BATCH = 4096
+_ROUNDING = 1e-4  # nats/token by which the batch that a text is scored in moves its mean
 
 
 def mean_logprobs(subject: Subject, written: Sequence[Generation]) -> list[float | None]:
@@ -68,8 +76,49 @@ def measures(
     if pairs:
         joined = [pair for text in pairs for pair in text]
         found["distinct_2"] = (len(set(joined)) / len(joined), len(pairs))
-        found["repeated_share"] = (float(np.mean([1 - len(set(text)) / len(text) for text in pairs])), len(pairs))
+        found["repeated_share"] = (float(np.mean([repeated_share(text) for text in words if len(text) > 1])), len(pairs))
     return found
+
+
+def repeated_share(words: Sequence[str]) -> float | None:
+    """Share of a text's word pairs that it already had; None for less than two words."""
+    pairs = list(pairwise(words))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else None
+
+
+def distinct_share(words: Sequence[str]) -> float | None:
+    """Distinct words over words; None for a text without any."""
+    return len(set(words)) / len(words) if words else None
+
+
+def grades(
+    logprobs: Sequence[float | None],
+    repeated: Sequence[float | None],
+    base_logprobs: Sequence[float | None],
+    base_repeated: Sequence[float | None],
+) -> list[float | None]:
+    """The grade c of each text, from its mean log p_base and its repeated share, among the base's own answers.
+
+    None for a text without a log-prob; all None if the base said nothing. Texts too short to repeat repeat nothing.
+    """
+    base_R2 = _oddities(base_logprobs, base_repeated)
+    text_N2 = _oddities(logprobs, repeated)
+    if not len(base_R2):
+        return [None] * len(logprobs)
+    base_R, text_N = (np.minimum(*_shares(each_N2, base_R2)) for each_N2 in (base_R2, text_N2))
+    found = iter((base_R[None] <= text_N[:, None]).mean(1).tolist())
+    return [None if value is None else next(found) for value in logprobs]
+
+
+def _oddities(logprobs: Sequence[float | None], repeated: Sequence[float | None]) -> np.ndarray:
+    """What is odd about each scored text, [N, 2]: −log p and repeated share."""
+    scored = [(-value, share or 0.0) for value, share in zip(logprobs, repeated, strict=True) if value is not None]
+    return np.asarray(scored, float).reshape(-1, 2)
+
+
+def _shares(text_N2: np.ndarray, base_R2: np.ndarray) -> np.ndarray:
+    """Share of the base's texts that are at least as odd as each text, [2, N]."""
+    return (base_R2[None] >= text_N2[:, None] - (_ROUNDING, 1e-9)).mean(1).T
 
 
 def _known(answer_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffing_core.activation_pairs import StoredPair
-from diffing_core.activations import ActivationStore, name_of
+from diffing_core.activation_parts import name_of
+from diffing_core.activations import ActivationStore
 from diffing_core.checkpoints import token_id
 from diffing_core.corpus import ProbeCorpus, load_corpus
 from diffing_core.errors import NotComputableError
@@ -251,7 +252,7 @@ def _key_with_data(
 ) -> RunKey:
     """The data that a method reads is part of its result's identity."""
     key = run_key(pair, method, settings)
-    for need in sorted(method.needs & {Need.ACTIVATIONS, Need.PEERS}, key=str):
+    for need in sorted(method.needs & {Need.ACTIVATIONS, Need.PEERS, Need.FINETUNES}, key=str):
         data = suppliers[need]()
         key = key.with_corpus(data.name, data.content_hash)
     return key
@@ -259,6 +260,7 @@ def _key_with_data(
 
 def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, Any]:
     from diffing_core.peers import peers_of
+    from diffing_core.weight_edits.finetunes import Finetunes
     from diffing_core.weights import WeightPair
 
     return {
@@ -266,6 +268,7 @@ def _suppliers(pair: ModelPair, registry: Registry, store: Path) -> dict[Need, A
         Need.WEIGHTS: lambda: WeightPair.of(pair.pair, registry),
         Need.ACTIVATIONS: cache(lambda: _stored_pair(pair, registry, store)),
         Need.PEERS: cache(lambda: peers_of(pair.pair, registry)),
+        Need.FINETUNES: cache(lambda: Finetunes(pair.pair.model, registry)),
     }
 
 

@@ -95,6 +95,10 @@ class ProbeCorpus:
         """Tokens that methods see; nothing is padded here."""
         return int(self._seen_S.sum())
 
+    def n_shown(self, batch: "TokenBatch") -> int:
+        """Tokens of a batch that methods see."""
+        return int(self._seen_S[list(batch.sequences)].sum())
+
     def sequences_within(self, token_limit: int) -> int:
         """How many leading sequences show at most `token_limit` tokens: a cut that batching cannot move."""
         return int(np.searchsorted(np.cumsum(self._seen_S), token_limit, side="right"))
@@ -121,10 +125,15 @@ class ProbeCorpus:
         why = {f"no token after the first {n_tokens}": n_lost} if n_lost else {}
         return replace(whole, sequences=tuple(kept), left_out={**self.left_out, **why})
 
-    @property
+    @cached_property
     def _seen_S(self) -> np.ndarray:
         lengths_S = np.asarray([len(sequence) for sequence in self.sequences], np.int64)
         return np.maximum(0, lengths_S - self.first_seen_S)
+
+    def most_tokens(self, token_budget: int) -> int:
+        """No batch has more tokens, padded ones apart."""
+        lengths = [len(sequence) for sequence in self.sequences]
+        return min(sum(lengths), max(token_budget, *lengths))
 
     def batches(self, token_budget: int) -> Iterator[TokenBatch]:
         """Batches of at most `token_budget` padded tokens, longest sequences first.

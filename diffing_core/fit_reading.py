@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from diffing_core.activation_pairs import PairedRows, StoredPair
-from diffing_core.activations import ROWS_PER_GROUP
+from diffing_core.activation_parts import ROWS_PER_GROUP
 from diffing_core.blocks import Side, StreamContext, TokenBlock
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, ProbeSequence, TokenBatch

@@ -6,13 +6,13 @@ in `$DIFFING_HOME/merged_adapters/<hash of base and adapters>`; it is made once 
 
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from diffing_core.checkpoints import load_module
 from diffing_core.errors import ModelLoadError, NotComputableError
 from diffing_core.lazy import torch
+from diffing_core.new_folder import new_folder
 from diffing_core.registry import Model, Source
 from diffing_core.safetensor_files import content_hash
 from diffing_core.settings import diffing_home, short_hash
@@ -22,8 +22,10 @@ logger = logging.getLogger(__name__)
 _STARTS_FROM_DATA = ("corda", "loftq", "lora_ga")
 
 
-def merged(folder: Path, adapters: tuple[Path, ...]) -> Path:
+def merged(folder: Path, adapters: tuple[Path, ...], *, remote_code: bool = False) -> Path:
     """A folder with the base's checkpoint, the adapters merged into it in their order.
+
+    `remote_code` allows code of the base's folder to run. Several processes may make the same folder: the first one's stays.
 
     Raises:
         ModelLoadError: damaged weights, or an adapter made for another base.
@@ -36,17 +38,14 @@ def merged(folder: Path, adapters: tuple[Path, ...]) -> Path:
     if target.is_dir():
         return target
     logger.info("merging %s into %s", ", ".join(map(str, adapters)), folder)
-    module = load_module(folder, Model(name="base", source=Source(path=folder)), "float32", "cpu")
+    entry = Model(name="base", source=Source(path=folder), trust_remote_code=remote_code)
+    module = load_module(folder, entry, "float32", "cpu", remote_code=remote_code)
     for adapter in adapters:
         module = _with_adapter(module, adapter)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{identity}-"))
-    try:
+    with new_folder(target) as unfinished:
         module.save_pretrained(unfinished)
-        if not target.is_dir():
-            unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for code in folder.glob("*.py"):
+            shutil.copyfile(code, unfinished / code.name)
     return target
 
 

@@ -235,8 +235,9 @@ class _Resident:
             return _Side(files.revision, None, module, files.revision, notes, self._served(weights.source))
         notes += self._named_base(files.folder)
         if not is_switchable(files.folder):
-            whole = merged(self.folder, (*self.own_adapters, files.folder))
-            module = load_module(whole, self.entry, dtype, self.device)
+            own_code = {"remote_code": self.entry.trust_remote_code}
+            whole = merged(self.folder, (*self.own_adapters, files.folder), **own_code)
+            module = load_module(whole, self.entry, dtype, self.device, **own_code)
             return _Side(f"{self.revision}+{files.revision}", None, module, files.revision, notes)
         if files.folder not in self.adapters:
             name = f"adapter_{next(self.numbers)}"

@@ -17,11 +17,11 @@ import numpy as np
 
 from diffing_core.activations import ActivationStore
 from diffing_core.blocks import Side, StreamContext, TokenBlock, pieces, rows_of_residuals, rows_per_block, rows_per_tile, tiles
-from diffing_core.capture import capture_residuals
+from diffing_core.capture import Room, capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
 from diffing_core.errors import CorpusError, DiffingError
 from diffing_core.lazy import torch
-from diffing_core.methods.base import Fold, Inputs, Method, Need, Tables
+from diffing_core.methods.base import Fold, Inputs, Method, Need, ResumableFold, Tables
 from diffing_core.models import ModelPair
 from diffing_core.progress import track
 from diffing_core.runs import Cost
@@ -59,6 +59,16 @@ class _Running:
     @property
     def layers(self) -> tuple[int, ...]:
         return () if self.fold is None else self.fold.layers
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows at the beginning of the corpus that the fold need not be shown."""
+        return self.fold.stored_rows if isinstance(self.fold, ResumableFold) else 0
+
+    def skip(self, n_rows: int) -> None:
+        """Leaves out the first rows; only as many as `stored_rows`."""
+        if self.error is None:
+            self.fold.skip(n_rows)
 
     def start(self, context: StreamContext) -> None:
         try:
@@ -147,17 +157,31 @@ def _feed(
     vocab_size, device = max(pair.common_vocab for pair in pairs), pairs[0].base.device
     rows = rows_per_block(vocab_size, device), rows_per_tile(vocab_size, device)
     budget = min(tokens_per_batch, affordable_tokens(pairs, len(layers)))
+    room = Room(corpus.most_tokens(budget))
     with torch.inference_mode(), track(sum(map(len, corpus.sequences)), "tokens", f"paired pass, {corpus.name}") as done:
+        stored = min((each.stored_rows for each in running if each.error is None), default=0)
         for batch in corpus.batches(budget):
+            stored -= corpus.n_shown(batch)
+            if stored >= 0:
+                _skip(batch, running, corpus)
+                done(int(batch.mask_BT.sum()))
+                continue
+            facts = _token_facts(batch, corpus)
             with shared:
-                going, states = _forward_all(running, batch, layers)
-            whole = _whole_blocks(going, states, batch, corpus)
+                going, states = _forward_all(running, batch, layers, facts["place_N"], room)
+            whole = _whole_blocks(going, states, facts)
             for piece in pieces(whole, rows_of_residuals(device, budget)) if others else ():
                 _show(piece, others)
                 del piece
             _show_pieces(whole, readers, rows, shared)
-            del states, whole  # else they would be alive together with the next batch's
+            del states, whole  # else logits would be alive together with the next batch's
             done(int(batch.mask_BT.sum()))
+
+
+def _skip(batch: TokenBatch, running: Sequence[_Running], corpus: ProbeCorpus) -> None:
+    """Passes over a batch whose rows every fold that still runs has from an earlier pass: no forward is needed."""
+    for each in running:
+        each.skip(corpus.n_shown(batch))
 
 
 def affordable_tokens(pairs: Sequence[ModelPair], n_layers: int) -> int:
@@ -242,9 +266,9 @@ def _last_layer_if_wanted(running: Sequence[_Running]) -> set[int]:
 
 
 def _forward_all(
-    running: Sequence[_Running], batch: TokenBatch, layers: Sequence[int]
+    running: Sequence[_Running], batch: TokenBatch, layers: Sequence[int], place_N: np.ndarray, room: Room
 ) -> tuple[list[ModelPair], dict[int, dict[int, Any]]]:
-    """Pairs that still go on, and residuals of the valid tokens, {id(subject): {layer: [N, D]}}.
+    """Pairs that still go on, and residuals of the tokens that folds are shown, {id(subject): {layer: [N, D]}}.
 
     A subject in several pairs runs once; one whose forward fails ends its pairs alone.
     """
@@ -253,7 +277,7 @@ def _forward_all(
     states: dict[int, dict[int, Any]] = {}
     for key, subject in subjects.items():
         try:
-            states[key] = capture_residuals(subject, batch, layers)
+            states[key] = capture_residuals(subject, batch, layers, place_N, room)
         except METHOD_FAILURES as error:
             for each in running:
                 if key in (id(each.pair.base), id(each.pair.tuned)) and each.error is None:
@@ -263,34 +287,21 @@ def _forward_all(
 
 
 def _whole_blocks(
-    pairs: Sequence[ModelPair],
-    states: dict[int, dict[int, Any]],
-    batch: TokenBatch,
-    corpus: ProbeCorpus,
+    pairs: Sequence[ModelPair], states: Mapping[int, Mapping[int, Any]], facts: Mapping[str, np.ndarray]
 ) -> dict[int, TokenBlock]:
-    """A batch's tokens that folds are shown, {id(pair): block}, the same in each; sides in common are shared.
-
-    `states` is used up: where rows must be copied, no layer is held twice for longer than its own copy takes.
-    """
-    facts = _token_facts(batch, corpus)
-    rows = np.flatnonzero(facts["position_N"] >= corpus.first_seen_S[facts["sequence_N"]])
-    if not len(rows) or not pairs:
+    """A batch's tokens that folds are shown, {id(pair): block}, the same in each; sides in common are shared."""
+    if not len(facts["token_N"]) or not pairs:
         return {}
-    contiguous = slice(int(rows[0]), int(rows[-1]) + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
-    cut = {
-        key: {layer: layers.pop(layer)[contiguous] for layer in list(layers)} for key, layers in states.items()
-    }
     sides: dict[tuple[int, int], Side] = {}
     for pair in pairs:
         for subject in (pair.base, pair.tuned):
             key = (id(subject), pair.common_vocab)
             if key not in sides:
-                sides[key] = Side(cut[id(subject)], subject.n_layers - 1, subject.readout, pair.common_vocab)
+                sides[key] = Side(states[id(subject)], subject.n_layers - 1, subject.readout, pair.common_vocab)
     device = pairs[0].base.device
     shared = {
-        "token_N": torch.from_numpy(facts["token_N"][rows]).to(device),
-        "next_N": torch.from_numpy(facts["next_N"][rows]).to(device),
-        **{name: facts[name][rows] for name in ("sequence_N", "position_N", "role_N", "template_N")},
+        **{name: torch.from_numpy(facts[name]).to(device) for name in ("token_N", "next_N")},
+        **{name: facts[name] for name in ("sequence_N", "position_N", "role_N", "template_N")},
     }
     return {
         id(pair): TokenBlock(
@@ -301,13 +312,17 @@ def _whole_blocks(
 
 
 def _token_facts(batch: TokenBatch, corpus: ProbeCorpus) -> dict[str, np.ndarray]:
-    """Per valid token, in the order in which a mask flattens a batch: row by row."""
+    """Per token that folds are shown, in the order in which a mask flattens a batch: row by row.
+
+    `place_N` is its index in the flattened batch.
+    """
     chosen = [corpus.sequences[index] for index in batch.sequences]
     lengths = [len(sequence) for sequence in chosen]
     token_N = np.concatenate([sequence.token_T for sequence in chosen]).astype(np.int64)
     next_N = np.roll(token_N, -1)
     next_N[np.cumsum(lengths) - 1] = -1
-    return {
+    facts = {
+        "place_N": np.flatnonzero(batch.mask_BT),
         "token_N": token_N,
         "next_N": next_N,
         "sequence_N": np.repeat(np.asarray(batch.sequences, np.int64), lengths),
@@ -315,3 +330,5 @@ def _token_facts(batch: TokenBatch, corpus: ProbeCorpus) -> dict[str, np.ndarray
         "role_N": np.concatenate([sequence.role_T for sequence in chosen]),
         "template_N": np.concatenate([sequence.template_T for sequence in chosen]),
     }
+    shown_N = facts["position_N"] >= corpus.first_seen_S[facts["sequence_N"]]
+    return {name: values[shown_N] for name, values in facts.items()}

@@ -74,6 +74,7 @@ def peers_of(pair: Pair, registry: Registry) -> Peers:
     base = WeightSide(
         fetch(registry.resolve(entry.source, pair.model), remote_code=entry.trust_remote_code).folder,
         (fetch(registry.resolve(entry.adapter, pair.model)).folder,) if entry.adapter else (),
+        remote_code=entry.trust_remote_code,
     )
     tuned = own.tuned if registry.variant(pair).source else base
     own = replace(own, base=base, tuned=tuned)
@@ -93,7 +94,7 @@ def _peers(pair: Pair, own: WeightPair, registry: Registry) -> Iterator[Peer]:
             if not is_on_disk(source):
                 raise ModelLoadError(f"{variant.source} is not on this machine; it is compared when it is diffed itself")
             found = fetch(source, remote_code=variant.trust_remote_code)
-            side = WeightSide(own.base.folder, (*own.base.adapters, found.folder))
+            side = own.base.plus(found.folder)
             weights = replace(own, tuned=WeightSide(found.folder) if variant.kind == "full" else side)
             is_whole = variant.kind == "full" or not is_switchable(found.folder)
             yield replace(peer, revision=found.revision, weights=weights, is_whole=is_whole)

@@ -7,6 +7,8 @@ import numpy as np
 
 from diffing_core.lazy import torch
 
+MOMENTS_TOGETHER = 2**16  # values
+
 
 class GroupedSums:
     """Count, sums and maxima of several quantities per integer group; groups appear as they are met."""
@@ -143,28 +145,45 @@ class SparseSums:
 
 
 class Moments:
-    """Mean and variance per dimension in float64, merged block by block (Chan, Golub and LeVeque 1979)."""
+    """Mean and variance per dimension in float64, merged block by block (Chan, Golub and LeVeque 1979).
+
+    `squares_D` is the sum of squared deviations from the mean.
+    """
 
     def __init__(self, width: int) -> None:
         self.count = 0
         self.mean_D = np.zeros(width)
-        self._squares_D = np.zeros(width)
+        self.squares_D = np.zeros(width)
+
+    @classmethod
+    def of(cls, count: int, mean_D: np.ndarray, squares_D: np.ndarray) -> "Moments":
+        """Those of rows that were summed elsewhere."""
+        moments = cls(len(mean_D))
+        moments.count, moments.mean_D, moments.squares_D = count, mean_D, squares_D
+        return moments
 
     def add(self, rows_ND: np.ndarray) -> None:
-        """Adds N rows."""
-        if not len(rows_ND):
+        """Adds N rows, as many at a time as stay in a core's cache."""
+        step = max(1, MOMENTS_TOGETHER // max(len(self.mean_D), 1))
+        for start in range(0, len(rows_ND), step):
+            some_ND = rows_ND[start : start + step].astype(np.float64)
+            mean_D = some_ND.mean(0)
+            some_ND -= mean_D
+            self.merge(Moments.of(len(some_ND), mean_D, np.einsum("nd,nd->d", some_ND, some_ND)))
+
+    def merge(self, other: "Moments") -> None:
+        """Adds the rows of another."""
+        if not other.count:
             return
-        rows_ND = rows_ND.astype(np.float64)
-        added, mean_D = len(rows_ND), rows_ND.mean(0)
-        shift_D = mean_D - self.mean_D
-        total = self.count + added
-        self._squares_D += np.square(rows_ND - mean_D).sum(0) + shift_D**2 * (self.count * added / total)
-        self.mean_D = self.mean_D + shift_D * (added / total)
+        total = self.count + other.count
+        shift_D = other.mean_D - self.mean_D
+        self.squares_D = self.squares_D + other.squares_D + shift_D**2 * (self.count * other.count / total)
+        self.mean_D = self.mean_D + shift_D * (other.count / total)
         self.count = total
 
     def variance_D(self) -> np.ndarray:
         """Population variance; zero before the first row."""
-        return self._squares_D / max(self.count, 1)
+        return self.squares_D / max(self.count, 1)
 
 
 class Rows:

@@ -48,6 +48,14 @@ def place_of(name: str) -> tuple[int | None, Part, str]:
     return layer, "other", projection
 
 
+def module_of(name: str) -> str:
+    """Its path within the block, without `.weight` and the numbers of experts: attn.c_proj, mlp.c_proj.bias, mlp.experts.up_proj."""
+    words = canonical(name).split(".")
+    numbered = [place for place, word in enumerate(words) if word.isdigit()]
+    inside = [word for word in words[numbered[0] + 1 if numbered else 0 :] if not word.isdigit()]
+    return ".".join(inside[:-1] if inside[-1:] == ["weight"] and len(inside) > 1 else inside) or name
+
+
 def canonical(name: str) -> str:
     """The name without leading wrappers, which depend on the class that saved the file."""
     words = name.split(".")

@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from diffing_core.tensor_names import EMBEDDINGS, HEADS, canonical, place_of
 
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+_EXPERTS_FLIPPED = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text"})  # hold each expert as [inputs, outputs]
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 _CHANGES_MORE = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
@@ -38,10 +39,18 @@ _CHANGES_MORE = ("target_parameters", "layer_replication", "use_qalora", "use_bd
 
 @dataclass(frozen=True)
 class WeightSide:
-    """One model state on disk: a checkpoint folder and the adapters added to it, in order."""
+    """One model state on disk: a checkpoint folder and the adapters added to it, in order.
+
+    `remote_code` allows code of the checkpoint's folder to run, where adapters can only be merged by its model.
+    """
 
     folder: Path
     adapters: tuple[Path, ...] = ()
+    remote_code: bool = field(default=False, compare=False)
+
+    def plus(self, adapter: Path) -> "WeightSide":
+        """The same with one more adapter."""
+        return replace(self, adapters=(*self.adapters, adapter))
 
 
 class _Checkpoint:
@@ -97,6 +106,10 @@ class _Checkpoint:
     def is_conv1d(self, name: str) -> bool:
         """Whether GPT-2's Conv1D holds this weight, as [inputs, outputs]."""
         return self.model_type in _CONV1D_TYPES and place_of(name)[2] in _CONV1D
+
+    def has_flipped_experts(self, name: str) -> bool:
+        """Whether this tensor stacks experts that are stored as [inputs, outputs]."""
+        return self.model_type in _EXPERTS_FLIPPED and place_of(name)[1] == "mlp"
 
 
 @dataclass(frozen=True)
@@ -196,7 +209,7 @@ class OpenSide:
     def __init__(self, side: WeightSide, like: "OpenSide | None" = None) -> None:
         folder, adapters = side.folder, side.adapters
         if any(_needs_merging(adapter) for adapter in adapters):
-            folder, adapters = merged(folder, adapters), ()
+            folder, adapters = merged(folder, adapters, remote_code=side.remote_code), ()
         same = like is not None and like.checkpoint.folder == folder
         self.checkpoint = like.checkpoint if same else _Checkpoint(folder)
         self.adapters = {folder: _Adapter(folder) for folder in adapters}
@@ -216,7 +229,7 @@ class OpenSide:
     def dense(self, name: str, *, flip: bool = False) -> Any:
         """The whole tensor in float32, transposed if asked, adapters added."""
         tensor = self.place(name).read().float()
-        tensor = tensor.T if flip else tensor
+        tensor = tensor.mT if flip else tensor
         for adapter in self.adapters.values():
             tensor = adapter.applied(name, tensor)
         return tensor

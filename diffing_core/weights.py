@@ -1,7 +1,8 @@
 """What a finetune changed in the weights: one TensorDelta at a time, read from safetensors, no model built.
 
     weight_stream(pair)     -> TensorDelta of every tensor that may differ
-    unmatched_tensors(pair) -> those that only one side has, or that cannot be laid over each other
+    OpenPair(pair)          -> the same by name: `names`, `delta(name)`, and `unmatched`, which only one side has or which
+                               cannot be laid over each other
 
 ΔW = tuned − base. A LoRA adapter gives its factors (see weight_files.py), and never the product; against another
 adapter of the same base (a seed twin) the factors are stacked, [s₁B₁, −s₂B₂] and [A₁; A₂], which is exact. Whole
@@ -12,7 +13,8 @@ Suffixes: M rows (outputs), N columns (inputs), R rank.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,10 +55,10 @@ class WeightPair:
                 return base
             if weights.kind == "full":
                 return WeightSide(folder(weights.source))
-            return WeightSide(base.folder, (*base.adapters, folder(weights.source)))
+            return base.plus(folder(weights.source))
 
         code = {"remote_code": entry.trust_remote_code}
-        base = WeightSide(folder(entry.source, **code), (folder(entry.adapter),) if entry.adapter else ())
+        base = WeightSide(folder(entry.source, **code), (folder(entry.adapter),) if entry.adapter else (), **code)
         tokenizer = folder(entry.tokenizer, weights=False, **code) if entry.tokenizer else base.folder
         return cls(side(variant.against), side(variant), tokenizer, entry)
 
@@ -86,7 +88,7 @@ class DensePair:
 
 @dataclass(frozen=True, eq=False)
 class TensorDelta:
-    """The change of one tensor; exactly one of `factors` and `pair` is given.
+    """The change of one tensor, or of one expert of a tensor that stacks them; exactly one of `factors` and `pair` is given.
 
     Attributes:
         name: key without the wrappers that differ between ways of saving, e.g. `layers.0.mlp.up_proj.weight`.
@@ -94,6 +96,7 @@ class TensorDelta:
         shape: of the change, oriented as y = W x; the common rows of a resized vocabulary.
         n_left_out: rows that only one side has.
         flipped: whether the files hold it the other way round, as [inputs, outputs].
+        expert: its number, from 0; None for a whole tensor.
         load_base: reads the base's tensor in the same orientation, float32.
     """
 
@@ -107,6 +110,16 @@ class TensorDelta:
     pair: DensePair | None = None
     n_left_out: int = 0
     flipped: bool = False
+    expert: int | None = None
+
+    def matrices(self) -> Iterator["TensorDelta"]:
+        """A stack of experts [E, M, N] as one matrix after the other; anything else as it is."""
+        if len(self.shape) != 3 or self.part != "mlp":
+            yield self
+            return
+        for expert, (before, after) in enumerate(zip(self.pair.base, self.pair.tuned, strict=True)):
+            own = {"shape": self.shape[1:], "pair": DensePair(before, after), "load_base": lambda before=before: before}
+            yield replace(self, expert=expert, **own)
 
     def __post_init__(self) -> None:
         if (self.factors is None) == (self.pair is None):
@@ -122,21 +135,52 @@ class Unmatched:
     shape: tuple[int, ...]
 
 
-def weight_stream(pair: WeightPair) -> Iterator[TensorDelta]:
-    """Every tensor that may differ, in the order of the model; nothing at all where both sides are the same files.
+class OpenPair:
+    """Both sides of a pair, opened; a tensor is read when its delta is asked for.
+
+    Attributes:
+        names: tensors that may differ, in the order of the model; none where both sides are the same files.
+        unmatched: tensors that cannot be compared: they are listed, never dropped.
 
     Raises:
         ModelLoadError: a damaged file, or an adapter that does not fit the base.
         NotComputableError: quantised weights, or an adapter that cannot be written as weights.
     """
-    base, tuned = _opened(pair)
-    for name in _matched(base, tuned)[0]:
-        yield _delta(name, base, tuned)
+
+    def __init__(self, pair: WeightPair, like: "OpenPair | None" = None) -> None:
+        """`like`: a pair of the same base, of which each tensor is read once as long as the two are asked in turn."""
+        self._side = pair.base
+        shared = like if like is not None and like._side == pair.base else None
+        self._base = shared._base if shared else OpenSide(pair.base)
+        self._tuned = OpenSide(pair.tuned, self._base)
+        self._before = shared._before if shared else lru_cache(maxsize=1)(self._base.dense)
+        self.names, self.unmatched = _matched(self._base, self._tuned)
+
+    def delta(self, name: str) -> TensorDelta:
+        """The change of one of `names`.
+
+        Raises:
+            ModelLoadError: the tensor holds NaN or infinite values.
+        """
+        base, tuned = self._base, self._tuned
+        flip = _is_flipped(name, base, tuned)
+        named = (name, *place_of(name))
+        stored_once = base.checkpoint is tuned.checkpoint and base.saved.get(name) == tuned.saved.get(name)
+        if stored_once and base.is_low_rank(name) and tuned.is_low_rank(name):
+            factors = _difference(name, base, tuned)
+            return TensorDelta(*named, factors.shape, lambda: self._before(name, flip=flip), factors, flipped=flip)
+        before, after = self._before(name, flip=flip), tuned.dense(name, flip=flip)
+        n_left_out = abs(len(before) - len(after)) if before.ndim else 0
+        if n_left_out:
+            before, after = before[: len(after)], after[: len(before)]
+        return TensorDelta(*named, tuple(before.shape), lambda: before, None, DensePair(before, after), n_left_out, flip)
 
 
-def unmatched_tensors(pair: WeightPair) -> list[Unmatched]:
-    """Tensors that cannot be compared: they are listed, never dropped."""
-    return _matched(*_opened(pair))[1]
+def weight_stream(pair: WeightPair) -> Iterator[TensorDelta]:
+    """Every tensor that may differ, in the order of the model; raises as `OpenPair`."""
+    opened = OpenPair(pair)
+    for name in opened.names:
+        yield opened.delta(name)
 
 
 def _matched(base: OpenSide, tuned: OpenSide) -> tuple[list[str], list[Unmatched]]:
@@ -165,26 +209,14 @@ def _resized(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool
     return place_of(name)[1] in ("embed", "head") and before[1:] == after[1:]
 
 
-def _delta(name: str, base: OpenSide, tuned: OpenSide) -> TensorDelta:
-    flip = _is_flipped(name, base, tuned)
-    named = (name, *place_of(name))
-    stored_once = base.checkpoint is tuned.checkpoint and base.saved.get(name) == tuned.saved.get(name)
-    if stored_once and base.is_low_rank(name) and tuned.is_low_rank(name):
-        factors = _difference(name, base, tuned)
-        return TensorDelta(*named, factors.shape, lambda: base.dense(name, flip=flip), factors, flipped=flip)
-    before, after = base.dense(name, flip=flip), tuned.dense(name, flip=flip)
-    n_left_out = abs(len(before) - len(after)) if before.ndim else 0
-    if n_left_out:
-        before, after = before[: len(after)], after[: len(before)]
-    return TensorDelta(*named, tuple(before.shape), lambda: before, None, DensePair(before, after), n_left_out, flip)
-
-
 def _is_flipped(name: str, base: OpenSide, tuned: OpenSide) -> bool:
     """Whether the files hold [inputs, outputs]: seen in the factors' shape, else declared, else known for the class."""
     stored = base.place(name).shape
     adapters = [each for side in (base, tuned) for each in side.adapters.values() if name in each.lora]
     if adapters and stored != stored[::-1]:
         return stored != adapters[0].lora[name].shape
+    if len(stored) == 3:
+        return base.checkpoint.has_flipped_experts(name)
     declared = any(each.config.get("fan_in_fan_out") for each in adapters)
     return declared or (len(stored) == 2 and base.checkpoint.is_conv1d(name))
 
@@ -203,9 +235,3 @@ def _difference(name: str, base: OpenSide, tuned: OpenSide) -> Factors:
     lefts = [torch.zeros(rows, 0), *(term.left_MR for term in gained), *(-term.left_MR for term in lost)]
     rights = [torch.zeros(0, columns), *(term.right_RN for term in (*gained, *lost))]
     return Factors(torch.cat(lefts, 1), torch.cat(rights))
-
-
-def _opened(pair: WeightPair) -> tuple[OpenSide, OpenSide]:
-    """Both sides; one checkpoint object where they are the same files."""
-    base = OpenSide(pair.base)
-    return base, OpenSide(pair.tuned, base)

@@ -1,8 +1,9 @@
 """Residual vectors of both models as Parquet, with exact per-dimension statistics.
 
 Writes the vectors themselves to the activation store (see `diffing_core.activations`) and, as its table,
-what is there: mean and variance per dimension in float64 whatever the model's dtype. A base state that
-is already stored is not written again.
+what is there: mean and variance per dimension in float64 whatever the model's dtype. What is already stored,
+whole sets or parts of one that an interrupted pass left, is not written again; and where no other method
+wants the pass, it begins after what all sets have.
 """
 
 from pathlib import Path
@@ -11,12 +12,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from diffing_core.activations import name_of
+from diffing_core.activations import ActivationSet
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.errors import NotComputableError
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.settings import Settings
-from diffing_core.sums import Moments
 from diffing_core.tables import Column, TableSpec
 
 
@@ -35,7 +35,7 @@ SETS = TableSpec(
     (
         Column("side", "string", "base or tuned.", role="key"),
         Column("layer", "int32", "Block whose output is stored, from 0.", role="key"),
-        Column("file", "string", "Parquet file, relative to the activation store."),
+        Column("folder", "string", "Folder of Parquet parts, relative to the activation store."),
         Column("dtype", "string", "Number format of the stored values."),
         Column("d_model", "int32", "Width of the residual stream."),
         Column("n_tokens", "int64", "Rows.", role="count"),
@@ -48,7 +48,7 @@ SETS = TableSpec(
 
 
 class ActivationsFold:
-    """One writer per side and layer that is not stored yet; moments of every side and layer."""
+    """One writer per side and layer that is not stored yet."""
 
     def __init__(self, context: StreamContext, settings: ActivationsSettings) -> None:
         if context.store is None:
@@ -57,38 +57,44 @@ class ActivationsFold:
             raise NotComputableError("activations are keyed by model revision; load the pair from the registry")
         self.layers = context.pick_layers(settings.layers)
         self._context = context
-        self._moments = {(side, layer): Moments(context.d_model) for side in ("base", "tuned") for layer in self.layers}
-        self._writers = {
-            (side, layer): context.store.claim(self._file(side, layer), context.d_model, self._subject(side).dtype)
-            for side, layer in self._moments
+        self._sets = [(side, layer) for side in ("base", "tuned") for layer in self.layers]
+        n_rows = context.corpus.n_tokens
+        claimed = {
+            (side, layer): context.store.claim(self._folder(side, layer), context.d_model, self._subject(side).dtype, n_rows)
+            for side, layer in self._sets
         }
+        self._writers = {place: writer for place, writer in claimed.items() if writer is not None}
+        self.stored_rows = min((writer.stored_rows for writer in self._writers.values()), default=n_rows)
+
+    def skip(self, n_rows: int) -> None:
+        """Passes over rows that every set has."""
+        for writer in self._writers.values():
+            writer.skip(n_rows)
 
     def update(self, block: TokenBlock) -> None:
         """Writes N rows per side and layer."""
-        for (side, layer), moments in self._moments.items():
-            vector_ND = getattr(block, side).residual(layer)
-            moments.add(vector_ND.float().cpu().numpy())
-            writer = self._writers[side, layer]
-            if writer is not None:
-                writer.add(block, vector_ND)
+        for (side, layer), writer in self._writers.items():
+            writer.add(block, getattr(block, side).residual(layer))
 
     def finish(self) -> Tables:
-        """Closes the files; one row per side and layer."""
-        for writer in filter(None, self._writers.values()):
+        """Makes sure that all is there; one row per side and layer."""
+        for writer in self._writers.values():
             writer.close()
-        rows = [self._row(side, layer) for side, layer in self._moments]
+        rows = [self._row(side, layer) for side, layer in self._sets]
         return {SETS.name: SETS.table({name: [row[name] for row in rows] for name in SETS.schema.names})}
 
     def _row(self, side: str, layer: int) -> dict[str, Any]:
-        moments, file = self._moments[side, layer], self._file(side, layer)
+        folder = self._folder(side, layer)
+        stored = ActivationSet(folder)
+        moments = stored.moments()
         return {
             "side": side,
             "layer": layer,
-            "file": str(file.relative_to(self._context.store.root)),
-            "dtype": name_of(self._subject(side).dtype),
-            "d_model": self._context.d_model,
+            "folder": str(folder.relative_to(self._context.store.root)),
+            "dtype": stored.dtype,
+            "d_model": stored.d_model,
             "n_tokens": moments.count,
-            "n_bytes": file.stat().st_size,
+            "n_bytes": stored.n_bytes,
             "mean": moments.mean_D,
             "variance": moments.variance_D(),
             "mean_norm": float(np.linalg.norm(moments.mean_D)),
@@ -97,9 +103,9 @@ class ActivationsFold:
     def _subject(self, side: str) -> Any:
         return getattr(self._context, side)
 
-    def _file(self, side: str, layer: int) -> Path:
+    def _folder(self, side: str, layer: int) -> Path:
         subject = self._subject(side)
-        return self._context.store.file(subject.revision, self._context.corpus.content_hash, layer, subject.dtype)
+        return self._context.store.folder(subject.revision, self._context.corpus.content_hash, layer, subject.dtype)
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
@@ -110,7 +116,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="activations",
-    version="1",
+    version="2",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=ActivationsSettings,

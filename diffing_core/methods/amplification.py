@@ -7,69 +7,103 @@ tested for that trend over the models, answer by answer (word_trends.py), and co
 beside every model, and one whose texts are too unlikely under the base counts for no trend.
 
 `weight` is the mean over attention and MLP of all blocks, since amplifications may differ by block and module.
-Adapters and whole checkpoints are edited alike (weight_edits/).
+Adapters and whole checkpoints are edited alike (weight_edits/). A specification may add other finetunes' changes; what
+such a model says stands in the tables, but it counts for no trend and is not shown: its words may be theirs.
 
 Reference: Mantel 1963; Monroe, Colaresi and Quinn 2008; Ilharco et al. 2023 (negation).
 """
 
+from collections import Counter
 from contextlib import nullcontext
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from diffing_core.agents.words import clean
 from diffing_core.answers import (
     SIDE,
-    SHOWN_CHARACTERS,
     Answers,
+    AskedSettings,
     ask,
     coherence_spec,
     coherence_table,
+    findings_of,
     samples_spec,
     samples_table,
-    shown_texts,
 )
 from diffing_core.errors import RegistryError
 from diffing_core.findings import Finding
-from diffing_core.generation import Sampling
 from diffing_core.methods import blackbox
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.models import ModelPair
-from diffing_core.prompts import PromptedSettings
+from diffing_core.pairs import Pair
 from diffing_core.tables import Column, TableSpec
-from diffing_core.weight_edits import Amplification, Term, edited_subject, preset, presets, resolve
+from diffing_core.weight_edits import (
+    AdapterEdit,
+    Amplification,
+    Term,
+    WeightEdit,
+    edited_subject,
+    preset,
+    presets,
+    resolve,
+    term_of,
+    uniform,
+)
 from diffing_core.weight_edits.changes import n_layers
 from diffing_core.weights import WeightPair
 from diffing_core.word_trends import WordTrends, word_trends
 
 
-def _packaged(value: Any) -> Any:
+NOT_EDITED = ("base", "tuned")
+
+
+def _specified(value: Any) -> Any:
+    """A packaged amplification by its name; a mapping with `adapters` is a whole specification."""
     try:
+        if isinstance(value, dict) and "adapters" in value:
+            return WeightEdit.model_validate(value)
         return preset(value) if isinstance(value, str) else value
     except RegistryError as error:
         raise ValueError(str(error)) from error
 
 
-class AmplificationSettings(PromptedSettings):
+class AmplificationSettings(AskedSettings):
     """Knobs of `amplification`."""
 
-    amplifications: tuple[Annotated[Amplification, BeforeValidator(_packaged)], ...] = Field(
+    amplifications: tuple[Annotated[Amplification | WeightEdit, BeforeValidator(_specified)], ...] = Field(
         default_factory=lambda: tuple(presets().values()),
         min_length=1,
-        description="Names of packaged amplifications (2x, 2.5x, 3x, negative_1x), or {name, layer_amplifications}.",
+        description="Names of packaged amplifications (2x, 2.5x, 3x, negative_1x), {name, layer_amplifications}, or whole "
+        "specifications {name, adapters}, in which an adapter without an organism is the pair's own finetune.",
     )
-    samples: int = Field(2, ge=1, description="Answers per prompt and model.")
     prior_words: float = Field(1000.0, gt=0, description="Weight of the prior of the log-odds, in words.")
-    min_samples: int = Field(3, ge=1, description="Answers of both models, or of all, in which a listed word occurs.")
-    max_loss_nats: float = Field(
-        2.0, ge=0, description="A model counts if its texts' log p_base per token is at most so far below the tuned model's."
-    )
-    max_q: float = Field(0.2, gt=0, le=1, description="q-value up to which a trend is shown.")
     min_monotone: float = Field(0.5, ge=-1, le=1, description="Rank correlation from which a word rises with the weight.")
-    shown_words: int = Field(40, ge=0, description="Words among the findings.")
-    shown_texts: int = Field(5, ge=0, description="Texts among the findings.")
+
+    @model_validator(mode="after")
+    def _models_can_be_told_apart(self) -> "AmplificationSettings":
+        names = Counter((*NOT_EDITED, *(each.name for each in self.amplifications)))
+        taken = sorted(name for name, n in names.items() if n > 1)
+        if taken:
+            raise ValueError(f"amplifications: the name(s) {taken} are given twice; base and tuned are the models themselves")
+        return self
+
+    def edits(self, pair: Pair) -> list[WeightEdit]:
+        """Whole specifications, in which the pair's own finetune has no name.
+
+        Raises:
+            RegistryError: a specification that does nothing.
+        """
+        edits = [each.edit() if isinstance(each, Amplification) else each for each in self.amplifications]
+        return [_of_pair(each, pair) for each in edits]
+
+
+def _of_pair(edit: WeightEdit, pair: Pair) -> WeightEdit:
+    own, unnamed = f"{pair.organism}/{pair.variant}", {"organism": None, "variant": "default"}
+    adapters = tuple(each.model_copy(update=unnamed) if each.place == own else each for each in edit.adapters)
+    named = edit.model_copy(update={"adapters": adapters})
+    return named.model_copy(update={"adapters": named.effective()})
 
 
 MODELS = TableSpec(
@@ -78,9 +112,10 @@ MODELS = TableSpec(
     ("side",),
     (
         SIDE,
-        Column("weight", "float64", "Mean weight of the change: 0 is the base, 1 the tuned model."),
-        Column("description", "string", "What was done to the change."),
-        Column("in_trend", "bool", "Whether its texts are language enough to count for trends."),
+        Column("weight", "float64", "Mean weight of the pair's own change: 0 is the base, 1 the tuned model."),
+        Column("others", "list<string>", "Other finetunes whose changes it has."),
+        Column("description", "string", "What was done to the changes."),
+        Column("in_trend", "bool", "Whether it counts for trends: its texts are language enough, and it has no other changes."),
         Column("n_samples", "int32", "Answers.", role="count", low=0),
         Column("differing_share", "float64", "Share of its answers that differ from the base's.", "", "effect", low=0, high=1),
     ),
@@ -125,25 +160,25 @@ def run(inputs: Inputs, settings: AmplificationSettings) -> Tables:
 
     Raises:
         NotComputableError: no prompt can be asked, or a change that cannot be edited.
-        RegistryError: an amplification of a block that the model does not have.
+        RegistryError: an amplification of a block that the model does not have, or of an organism that there is not.
     """
     pair: ModelPair = inputs[Need.MODELS]
     files: WeightPair = inputs[Need.WEIGHTS]
     prompts = settings.parsed_prompts()
-    sampling = Sampling(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples)
-    depth = n_layers(files.base)
-    weights = {"base": 0.0, "tuned": 1.0}
-    weights |= {each.name: resolve(each.layer_amplifications, depth).mean for each in settings.amplifications}
+    edits = settings.edits(pair.pair)
+    terms = {edit.name: _terms(edit, files, inputs) for edit in edits}
+    weights = {"base": 0.0, "tuned": 1.0} | {name: _weight(own) for name, (own, *_) in terms.items()}
     models = [("base", nullcontext(pair.base)), ("tuned", nullcontext(pair.tuned))]
-    models += [(each.name, edited_subject(pair, Term(files, each.layer_amplifications))) for each in settings.amplifications]
-    answers = ask(pair, models, prompts, sampling, settings.seed)
+    models += [(edit.name, edited_subject(pair, *terms[edit.name], merge=edit)) for edit in edits]
+    answers = ask(pair, models, prompts, settings.sampling(), settings.seed)
     ascending = sorted(answers, key=lambda each: weights[each.model])
-    kept = [each.is_language_beside(answers[1], settings.max_loss_nats) for each in ascending]
+    alone = {*NOT_EDITED, *(edit.name for edit in edits if not _others(edit))}
+    kept = [each.is_language_beside(answers[1], settings.max_loss_nats) and each.model in alone for each in ascending]
     counted = [each for each, is_kept in zip(ascending, kept, strict=True) if is_kept or each in answers[:2]]
     doses = [weights[each.model] for each in counted]
     trends = word_trends([each.words for each in counted], doses, settings.min_samples)
     return {
-        MODELS.name: _models_table(ascending, counted, weights, settings),
+        MODELS.name: _models_table(ascending, counted, weights, edits),
         SAMPLES.name: samples_table(SAMPLES, answers, pair, prompts, trends.z_of()),
         COHERENCE.name: coherence_table(COHERENCE, answers),
         WORDS.name: pa.concat_tables([_words_table(answers[0], each, settings) for each in answers[1:]]),
@@ -158,15 +193,8 @@ def findings(tables: Tables, settings: AmplificationSettings) -> list[Finding]:
         for row in tables[TRENDS.name].to_pylist()
         if row["z"] > 0 and row["q_value"] <= settings.max_q and row["monotone"] >= settings.min_monotone
     ]
-    shown = [
-        Finding(
-            "token", clean(row["word"], SHOWN_CHARACTERS), row["z"], "z", TRENDS.name, {"word": row["word"]},
-            p_value=row["p_value"], q_value=row["q_value"],
-        )
-        for row in rising[: settings.shown_words]
-    ]  # fmt: skip
     models = [row["side"] for row in tables[MODELS.name].to_pylist() if row["weight"] > 0 and row["in_trend"]]
-    return [*shown, *shown_texts(tables[SAMPLES.name], SAMPLES, models, settings.shown_texts)]
+    return findings_of(TRENDS, rising, SAMPLES, tables[SAMPLES.name], models, settings)
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
@@ -180,16 +208,33 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
     }
 
 
+def _terms(edit: WeightEdit, own: WeightPair, inputs: Inputs) -> list[Term]:
+    """What is added up: the pair's own change first, of weight 0 where it is not named, then those of other finetunes."""
+    adapters = {each.place: each for each in edit.adapters}
+    ours = adapters.pop("", AdapterEdit(layer_amplifications=uniform(0.0)))
+    return [term_of(ours, own), *(inputs[Need.FINETUNES].term(each) for each in adapters.values())]
+
+
+def _weight(term: Term) -> float:
+    return resolve(term.amplifications, n_layers(term.pair.base)).mean
+
+
+def _others(edit: WeightEdit) -> list[str]:
+    return [each.place for each in edit.adapters if each.place]
+
+
 def _models_table(
-    ascending: list[Answers], counted: list[Answers], weights: dict[str, float], settings: AmplificationSettings
+    ascending: list[Answers], counted: list[Answers], weights: dict[str, float], edits: list[WeightEdit]
 ) -> pa.Table:
     base = next(each for each in ascending if each.model == "base")
     described = {"base": "No change.", "tuned": "The finetune as it is."}
-    described |= {each.name: each.description for each in settings.amplifications}
+    described |= {edit.name: edit.description for edit in edits}
+    others = {edit.name: _others(edit) for edit in edits}
     return MODELS.table(
         {
             "side": [each.model for each in ascending],
             "weight": [weights[each.model] for each in ascending],
+            "others": [others.get(each.model, []) for each in ascending],
             "description": [described[each.model] for each in ascending],
             "in_trend": [each in counted for each in ascending],
             "n_samples": [len(each.made) for each in ascending],
@@ -222,9 +267,9 @@ def _trends_table(trends: WordTrends, weights: list[float]) -> pa.Table:
 
 METHOD = Method(
     name="amplification",
-    version="1",
+    version="2",
     kind="live",
-    needs=frozenset({Need.MODELS, Need.WEIGHTS}),
+    needs=frozenset({Need.MODELS, Need.WEIGHTS, Need.FINETUNES}),
     settings=AmplificationSettings,
     tables=(MODELS, SAMPLES, COHERENCE, WORDS, TRENDS),
     reference="Mantel 1963; Monroe, Colaresi and Quinn 2008; Ilharco et al. 2023",

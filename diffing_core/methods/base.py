@@ -7,7 +7,7 @@ plain functions. There is no base class to inherit from and no list to be entere
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -31,6 +31,7 @@ class Need(Enum):
     MODELS = "models"  # both models, for generation or patching
     WEIGHTS = "weights"  # the stream of parameter deltas
     PEERS = "peers"  # weights of the other registered finetunes of the same base
+    FINETUNES = "finetunes"  # weights of those finetunes that settings name
     FOLDER = "folder"  # not read but kept: a folder of this result alone, for checkpoints and fitted weights
 
 
@@ -40,10 +41,20 @@ class Fold(Protocol):
     layers: tuple[int, ...]
 
     def update(self, block: TokenBlock) -> None:
-        """Adds one block of tokens; keeps sums, counts and short lists, never the block."""
+        """Adds one block of tokens; keeps sums, counts and short lists, never the block, over which the next is written."""
 
     def finish(self) -> Tables:
         """The tables, by name."""
+
+
+@runtime_checkable
+class ResumableFold(Fold, Protocol):
+    """A fold that has the first `stored_rows` rows from an interrupted pass, and can do without seeing them."""
+
+    stored_rows: int
+
+    def skip(self, n_rows: int) -> None:
+        """Told, before the first block, of the next rows that will not be shown."""
 
 
 class Inputs:

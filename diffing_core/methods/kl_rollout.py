@@ -33,7 +33,7 @@ from diffing_core.models import ModelPair
 from diffing_core.paired_pass import paired_pass
 from diffing_core.prompts import PromptedSettings
 from diffing_core.tables import Column, TableSpec
-from diffing_core.vocabulary import Vocabulary
+from diffing_core.vocabulary import vocabulary_of
 
 NATS = "nats/token"
 SHOWN_CHARACTERS = 300
@@ -205,7 +205,7 @@ def _tokens(said: Any, pair: ModelPair, settings: KlRolloutSettings) -> pa.Table
         .filter(pl.col("n_texts") >= settings.min_texts)
         .sort("contribution_nats", "token_id", descending=[True, False])
     )
-    vocabulary = Vocabulary(pair.tokenizer, pair.common_vocab)
+    vocabulary = vocabulary_of(pair.tokenizer, pair.common_vocab)
     shown = by_token.filter(pl.Series(vocabulary.readable_V[by_token["token_id"].to_numpy()], dtype=pl.Boolean))
     shown = shown.with_columns(token=pl.Series(vocabulary.of(shown["token_id"].to_numpy()), dtype=pl.String))
     return TOKENS.table({name: shown[name].to_list() for name in TOKENS.schema.names})

@@ -23,24 +23,21 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from diffing_core.agents.words import clean
 from diffing_core.answers import (
     SIDE,
-    SHOWN_CHARACTERS,
     Answers,
+    AskedSettings,
     ask,
     coherence_spec,
     coherence_table,
+    findings_of,
     samples_spec,
     samples_table,
-    shown_texts,
 )
 from diffing_core.findings import Finding
-from diffing_core.generation import Sampling
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.methods.kl_rollout import scored
 from diffing_core.models import ModelPair
-from diffing_core.prompts import PromptedSettings
 from diffing_core.tables import Column, TableSpec
 from diffing_core.weight_edits import Term, edited_subject, uniform
 from diffing_core.weight_edits.changes import change_of, spectrum_of
@@ -53,7 +50,7 @@ Rank = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class RankTruncationSettings(PromptedSettings):
+class RankTruncationSettings(AskedSettings):
     """Knobs of `rank_truncation`; every rank is tried at every scale."""
 
     ranks: tuple[Rank | Literal["full"], ...] = Field(
@@ -63,15 +60,7 @@ class RankTruncationSettings(PromptedSettings):
         (1.0,), min_length=1, description="What copies are multiplied with; keep: the norm of the whole change."
     )
     rests: tuple[Rank, ...] = Field((1,), description="Ranks that are taken away, the rest being asked as a control.")
-    samples: int = Field(2, ge=1, description="Answers per prompt and model.")
     kl_samples: int = Field(1, ge=1, description="Of these answers, how many of the tuned model's are where KL is measured.")
-    min_samples: int = Field(3, ge=1, description="Answers of all compared models in which a listed word occurs.")
-    max_loss_nats: float = Field(
-        2.0, ge=0, description="A copy counts if its texts' log p_base per token is at most so far below the tuned model's."
-    )
-    max_q: float = Field(0.2, gt=0, le=1, description="q-value up to which a word is shown.")
-    shown_words: int = Field(40, ge=0, description="Words among the findings.")
-    shown_texts: int = Field(5, ge=0, description="Texts among the findings.")
 
 
 MODELS = TableSpec(
@@ -163,7 +152,7 @@ def run(inputs: Inputs, settings: RankTruncationSettings) -> Tables:
     pair: ModelPair = inputs[Need.MODELS]
     files: WeightPair = inputs[Need.WEIGHTS]
     prompts = settings.parsed_prompts()
-    sampling = Sampling(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, n=settings.samples)
+    sampling = settings.sampling()
     edits = cuts(settings)
     modules = _modules(files, sorted({cut.rank for cut in edits if cut.rank is not None}))
     models = [("base", nullcontext(pair.base)), ("tuned", nullcontext(pair.tuned))]
@@ -189,16 +178,9 @@ def run(inputs: Inputs, settings: RankTruncationSettings) -> Tables:
 
 def findings(tables: Tables, settings: RankTruncationSettings) -> list[Finding]:
     """Words that come with the energy of the change, then the copies' answers that are most made of them."""
-    rows = [row for row in tables[WORDS.name].to_pylist() if row["z"] > 0 and row["q_value"] <= settings.max_q]
-    shown = [
-        Finding(
-            "token", clean(row["word"], SHOWN_CHARACTERS), row["z"], "z", WORDS.name, {"word": row["word"]},
-            p_value=row["p_value"], q_value=row["q_value"],
-        )
-        for row in rows[: settings.shown_words]
-    ]  # fmt: skip
+    rising = [row for row in tables[WORDS.name].to_pylist() if row["z"] > 0 and row["q_value"] <= settings.max_q]
     copies = [row["side"] for row in tables[MODELS.name].to_pylist() if row["kind"] == COPY and row["in_trend"]]
-    return [*shown, *shown_texts(tables[SAMPLES.name], SAMPLES, copies, settings.shown_texts)]
+    return findings_of(WORDS, rising, SAMPLES, tables[SAMPLES.name], copies, settings)
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
@@ -317,7 +299,7 @@ def _words_table(
 
 METHOD = Method(
     name="rank_truncation",
-    version="1",
+    version="2",
     kind="live",
     needs=frozenset({Need.MODELS, Need.WEIGHTS}),
     settings=RankTruncationSettings,

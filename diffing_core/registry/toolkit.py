@@ -114,15 +114,15 @@ def _model(fields: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
     if not model_id:
         notes.append("not converted: no model_id (a placeholder)")
         return None
-    entry: dict[str, Any] = {"source": _source(base_id or model_id)}
+    entry: dict[str, Any] = {"source": source_of(base_id or model_id)}
     subfolder = fields.pop("subfolder", None)
-    own = _source(f"{model_id}/{subfolder}" if subfolder else model_id)
+    own = source_of(f"{model_id}/{subfolder}" if subfolder else model_id)
     if base_id:
         entry["adapter"] = own
     else:
         entry["source"] = own
     if tokenizer := fields.pop("tokenizer_id", None):
-        entry["tokenizer"] = _source(tokenizer)
+        entry["tokenizer"] = source_of(tokenizer)
     if dtype := fields.pop("dtype", None):
         entry["dtype"] = str(dtype).removeprefix("torch.")
     if skipped := max(fields.pop(name, None) or 0 for name in _SKIPS):
@@ -192,7 +192,7 @@ def _variants_of(model: str, given: Mapping[str, Any], notes: list[str]) -> Iter
         if not identifier or "${" in identifier:
             notes.append(f"{where}: not converted, found {identifier or 'neither adapter_id nor model_id'}")
             continue
-        variant: dict[str, Any] = {"kind": "lora" if adapter else "full", "source": _source(identifier)}
+        variant: dict[str, Any] = {"kind": "lora" if adapter else "full", "source": source_of(identifier)}
         if mix := _MIX.search(str(name)):
             variant["dilution"] = float(".".join(mix.groups()))
         yield _mended(str(name), notes), variant
@@ -212,7 +212,7 @@ def _training_corpus(dataset: dict[str, Any], notes: list[str]) -> dict[str, Any
     return {name: value for name, value in corpus.items() if value is not None}
 
 
-def _source(identifier: str) -> dict[str, str]:
+def source_of(identifier: str) -> dict[str, str]:
     """`owner/repo/sub/dir` is a folder inside a repository; anything that begins as a path is one."""
     if identifier.startswith(("/", ".", "~")):
         return {"path": str(Path(identifier).expanduser())}

@@ -61,15 +61,16 @@ class EditedTensor:
 
 def registered_base(pair: WeightPair) -> WeightSide:
     """The base model of the registry, without the adapter of a seed twin that a pair may have as its base side."""
-    return WeightSide(pair.base.folder, pair.base.adapters[: 1 if pair.entry.adapter else 0])
+    return replace(pair.base, adapters=pair.base.adapters[: 1 if pair.entry.adapter else 0])
 
 
-def terms_on_registered_base(term: Term) -> tuple[Term, ...]:
-    """The term, and before it the adapter that makes the pair's base side from the registered base, if there is one."""
-    base = registered_base(term.pair)
-    if base == term.pair.base:
-        return (term,)
-    return Term(replace(term.pair, base=base, tuned=term.pair.base)), term
+def terms_on_registered_base(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms, and before them the adapter that makes the first one's base side from the registered base, if any does."""
+    first = terms[0].pair
+    base = registered_base(first)
+    if base == first.base:
+        return tuple(terms)
+    return Term(replace(first, base=base, tuned=first.base)), *terms
 
 
 def n_layers(side: WeightSide) -> int:

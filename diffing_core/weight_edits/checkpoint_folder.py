@@ -63,7 +63,7 @@ def _added(base: OpenSide, edited: EditedTensor) -> Any:
         whole[: len(change)] += change
     else:
         whole += change
-    return (whole.T if edited.flipped else whole).to(stored.dtype).contiguous()
+    return (whole.mT if edited.flipped else whole).to(stored.dtype).contiguous()
 
 
 class _Shards:

@@ -7,22 +7,20 @@ what it was made of.
 """
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffing_core.errors import ModelLoadError, NotComputableError
-from diffing_core.pairs import Pair
+from diffing_core.new_folder import new_folder
 from diffing_core.registry import Registry
-from diffing_core.registry.sources import Source, fetch, revision_of
 from diffing_core.settings import short_hash
 from diffing_core.weight_edits.adapter_folder import AdaptableModules, write_adapter
 from diffing_core.weight_edits.changes import Term, edited_tensors, registered_base
 from diffing_core.weight_edits.checkpoint_folder import write_checkpoint
+from diffing_core.weight_edits.finetunes import Finetunes, side_revision
 from diffing_core.weight_edits.merging import write_merged
-from diffing_core.weight_edits.specification import AdapterEdit, WeightEdit
+from diffing_core.weight_edits.specification import WeightEdit
 from diffing_core.weight_files import OpenSide, WeightSide
 from diffing_core.weights import WeightPair
 
@@ -39,7 +37,8 @@ def write_edit(edit: WeightEdit, model: str, registry: Registry, parent: Path) -
         NotComputableError: changes that cannot be added or merged.
     """
     adapters = edit.effective()
-    terms = [_term(each, model, registry) for each in adapters]
+    finetunes = Finetunes(model, registry)
+    terms = [finetunes.term(each) for each in adapters]
     made_of = {
         "version": VERSION,
         "edit": edit.model_copy(update={"adapters": adapters}).model_dump(mode="json"),
@@ -49,18 +48,13 @@ def write_edit(edit: WeightEdit, model: str, registry: Registry, parent: Path) -
     }
     target = parent / f"{edit.name}-{short_hash(made_of)}"
     if not target.is_dir():
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=parent) as above:
-            aside = Path(above) / target.name
-            aside.mkdir()
+        with new_folder(target) as aside:
             if edit.combine == "sum":
                 kind = write_terms(aside, terms, from_source=True)
             else:
                 kind = "lora"
                 write_merged(aside, edit, terms)
             _note(aside, made_of | {"kind": kind})
-            if not target.exists():
-                aside.rename(target)
     return target
 
 
@@ -90,14 +84,9 @@ def is_low_rank(terms: Sequence[Term]) -> bool:
     return all(_has_factors(term) for term in terms)
 
 
-def side_revision(side: WeightSide) -> str:
-    """Identity of a model state on disk."""
-    return "+".join(revision_of(folder) for folder in (side.folder, *side.adapters))
-
-
 def _own_adapter(pair: WeightPair, base: WeightSide) -> tuple[Term, ...]:
     """What makes the registered base of its checkpoint, if anything does."""
-    return (Term(replace(pair, base=WeightSide(base.folder), tuned=base)),) if base.adapters else ()
+    return (Term(replace(pair, base=replace(base, adapters=()), tuned=base)),) if base.adapters else ()
 
 
 def _has_factors(term: Term) -> bool:
@@ -107,33 +96,6 @@ def _has_factors(term: Term) -> bool:
     if base.checkpoint.folder != tuned.checkpoint.folder or base.saved or tuned.saved:
         return False
     return all(side.is_low_rank(name) for side in (base, tuned) for name in side.touched())
-
-
-def _term(adapter: AdapterEdit, model: str, registry: Registry) -> Term:
-    pair = _pair(adapter, model, registry)
-    if pair.base == pair.tuned:
-        raise NotComputableError(f"{adapter.organism} is the base model itself, so nothing can be added; name a finetune")
-    return Term(pair, adapter.layer_amplifications, adapter.rank, adapter.residual, adapter.keep_norm)
-
-
-def _pair(adapter: AdapterEdit, model: str, registry: Registry) -> WeightPair:
-    """The finetune against the registered base, also where the registry compares it with a twin."""
-    entry = registry.model(model)
-
-    def folder(source: Source, **options: bool) -> Path:
-        return fetch(registry.resolve(source, model), **options).folder
-
-    merged = (folder(entry.adapter),) if entry.adapter else ()
-    base = WeightSide(folder(entry.source, remote_code=entry.trust_remote_code), merged)
-    if adapter.organism is not None:
-        tuned = WeightPair.of(Pair(model, adapter.organism, adapter.variant), registry).tuned
-    elif not adapter.path.is_dir():
-        raise ModelLoadError(f"no folder {adapter.path}; paths in a specification count from its own folder")
-    elif (adapter.path / "config.json").exists():
-        tuned = WeightSide(adapter.path)
-    else:
-        tuned = WeightSide(base.folder, (*merged, adapter.path))
-    return WeightPair(base, tuned, base.folder, entry)
 
 
 def _note(folder: Path, made_of: dict[str, Any]) -> None:

@@ -7,40 +7,58 @@ checkpoint to a temporary folder, loaded beside the pair, and freed. Both go thr
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from diffing_core.adapters import add_adapter, remove_adapter
 from diffing_core.checkpoints import load_module
+from diffing_core.errors import NotComputableError
 from diffing_core.models import ModelPair
 from diffing_core.subject import Subject
 from diffing_core.weight_edits.adapter_folder import AdaptableModules
-from diffing_core.weight_edits.changes import Term, edited_tensors, terms_on_registered_base
+from diffing_core.weight_edits.changes import Term, edited_tensors, registered_base, terms_on_registered_base
 from diffing_core.weight_edits.folders import write_terms
+from diffing_core.weight_edits.merging import write_merged
+from diffing_core.weight_edits.specification import WeightEdit
 
 ADAPTER = "weight_edit"
 
 
 @contextmanager
-def edited_subject(pair: ModelPair, term: Term) -> Iterator[Subject]:
-    """The pair's base side plus the term's change; the base side itself where nothing changes.
+def edited_subject(pair: ModelPair, *terms: Term, merge: WeightEdit | None = None) -> Iterator[Subject]:
+    """The pair's base side plus the terms' changes; the base side itself where nothing changes.
 
-    Other sides may run meanwhile, but not inside of the subject's own `active()`.
+    The first term is the change of the pair itself. `merge`: a specification whose way to put changes together takes the
+    place of the sum. Other sides may run meanwhile, but not inside of the subject's own `active()`.
 
     Raises:
         ModelLoadError: weights on disk that are damaged or do not belong to the pair.
-        NotComputableError: a change that can neither be an adapter nor a checkpoint.
+        NotComputableError: a change that can neither be an adapter nor a checkpoint, or that cannot be merged.
     """
-    if next(edited_tensors([term]), None) is None:
+    if next(edited_tensors(terms), None) is None:
         yield pair.base
         return
     with tempfile.TemporaryDirectory() as aside:
-        terms = terms_on_registered_base(term)
-        kind = write_terms(Path(aside), terms, AdaptableModules(pair.base.plain))
-        running = _on_resident(pair.base, Path(aside)) if kind == "lora" else _beside(pair, term, Path(aside))
+        if merge is None or merge.combine == "sum":
+            kind = write_terms(Path(aside), terms_on_registered_base(terms), AdaptableModules(pair.base.plain))
+        else:
+            kind = "lora"
+            write_merged(Path(aside), merge, _mergeable(terms, merge))
+        running = _on_resident(pair.base, Path(aside)) if kind == "lora" else _beside(pair, terms[0], Path(aside))
         with running as subject:
             yield subject
+
+
+def _mergeable(terms: Sequence[Term], merge: WeightEdit) -> list[Term]:
+    """The terms that change something; merges start at the registered base."""
+    own = terms[0].pair
+    if own.base != registered_base(own):
+        raise NotComputableError(
+            f"{merge.name}: this pair is compared with another finetune, which a merge by {merge.combine} would lack; "
+            "use combine: sum"
+        )
+    return [term for term in terms if next(edited_tensors([term]), None) is not None]
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
     name: louder
     adapters:                                   # several: their changes are added up
-      - organism: cake_bake                     # or path: folder of an adapter or of a whole checkpoint
+      - organism: cake_bake                     # or source: {repo: owner/name}, or path: a folder with an adapter or a
+                                                # whole checkpoint; without any of them the finetune of the pair at hand
         layer_amplifications:
           - layers: {start: 0.0, end: 0.8}      # a block, a list of blocks, a range with both ends, or all
             is_relative: true                   # then numbers are fractions of depth
@@ -14,6 +15,9 @@ Blocks that nothing names, and modules that a naming leaves out, keep 1. The las
 that is given twice counts once, with all its amplifications; one with nothing to do is left out.
 
 Embeddings, head and final norm lie in no block: they follow only where all layers and all modules are named.
+
+Files of the diffing-toolkit are read as they are: `organism_name` is the organism, and where that is `custom`, `variant`
+is a repository, a folder, or null for the finetune of the pair at hand.
 """
 
 from collections.abc import Sequence
@@ -23,12 +27,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffing_core.blocks import pick_layers
 from diffing_core.errors import RegistryError, UndeclaredNeedError
 from diffing_core.pairs import check_name
+from diffing_core.registry import Source
 from diffing_core.registry.problems import close_to, describe
+from diffing_core.registry.toolkit import source_of
 from diffing_core.registry.yaml_files import read_mapping
 from diffing_core.tensor_names import Part
 
@@ -46,6 +52,7 @@ def _name(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
+CUSTOM = "custom"  # the toolkit's word for a finetune that it has no name for
 
 
 class _Entry(BaseModel):
@@ -116,12 +123,18 @@ class Amplification(_Entry):
     description: str = ""
     layer_amplifications: tuple[LayerAmplification, ...] = Field(min_length=1)
 
+    def edit(self) -> "WeightEdit":
+        """The same as a whole specification of the pair's own finetune."""
+        adapter = AdapterEdit(layer_amplifications=self.layer_amplifications)
+        return WeightEdit(name=self.name, description=self.description, adapters=(adapter,))
+
 
 class AdapterEdit(_Entry):
-    """One finetune, adapter or whole checkpoint, and what is done to its change."""
+    """One finetune, adapter or whole checkpoint, and what is done to its change; named by nothing, the pair's own."""
 
-    organism: Name | None = None
+    organism: Name | None = Field(None, validation_alias=AliasChoices("organism", "organism_name"))
     variant: Name = "default"
+    source: Source | None = None
     path: Path | None = None
     layer_amplifications: tuple[LayerAmplification, ...] = ()
     rank: int | None = Field(None, ge=1)
@@ -130,18 +143,30 @@ class AdapterEdit(_Entry):
     keep_norm: bool = False
     """With `rank`: scaled, matrix by matrix, to the Frobenius norm of the whole change."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _custom(cls, entry: Any) -> Any:
+        if not isinstance(entry, dict) or entry.get("organism_name") != CUSTOM:
+            return entry
+        variant = entry.get("variant")
+        place = source_of(variant) if isinstance(variant, str) and variant else {}
+        named = place if "path" in place else {"source": place} if place else {}
+        return {key: value for key, value in entry.items() if key not in ("organism_name", "variant")} | named
+
     @model_validator(mode="after")
     def _sensible(self) -> "AdapterEdit":
-        if (self.organism is None) == (self.path is None):
-            raise ValueError("an adapter is named by organism (and variant) or by path, exactly one of the two")
+        if sum(each is not None for each in (self.organism, self.source, self.path)) > 1:
+            raise ValueError("an adapter is named by one of organism (with variant), source and path, not by several")
         if self.rank is None and (self.residual or self.keep_norm):
             raise ValueError("residual and keep_norm say what is done with a rank; add rank: 1 or drop them")
         return self
 
     @property
-    def place(self) -> tuple[str | None, str, Path | None]:
-        """Which finetune is meant."""
-        return self.organism, self.variant, self.path
+    def place(self) -> str:
+        """Which finetune is meant; empty: the pair's own."""
+        if self.organism is not None:
+            return f"{self.organism}/{self.variant}"
+        return str(self.source or self.path or "")
 
     @property
     def does_something(self) -> bool:
@@ -169,19 +194,25 @@ class WeightEdit(_Entry):
             raise ValueError(f"combine: {self.combine} {'needs a density, for example 0.2' if prunes else 'has no density'}")
         return self
 
+    def on(self, organism: str, variant: str = "default") -> "WeightEdit":
+        """The same, where the pair's own finetune is this one."""
+        named = {"organism": organism, "variant": variant}
+        adapters = tuple(each if each.place else each.model_copy(update=named) for each in self.adapters)
+        return self.model_copy(update={"adapters": adapters})
+
     def effective(self) -> tuple[AdapterEdit, ...]:
         """Each finetune once, with all that was asked of it; those of which nothing was asked are left out.
 
         Raises:
             RegistryError: two entries of one finetune ask for different ranks, or nothing is left.
         """
-        found: dict[tuple, AdapterEdit] = {}
+        found: dict[str, AdapterEdit] = {}
         for each in (each for each in self.adapters if each.does_something):
             before = found.get(each.place)
             if before is not None:
                 cuts = [(edit.rank, edit.residual, edit.keep_norm) for edit in (before, each)]
                 if cuts[0] != cuts[1]:
-                    raise RegistryError(f"{self.name}: adapter {each.organism or each.path} is given with two ranks")
+                    raise RegistryError(f"{self.name}: adapter {each.place or 'of the pair'} is given with two ranks")
                 joined = before.layer_amplifications + each.layer_amplifications
                 each = each.model_copy(update={"layer_amplifications": joined})
             found[each.place] = each
@@ -276,8 +307,7 @@ def preset(name: str) -> Amplification:
 
 def amplified(name: str, organism: str, variant: str = "default") -> WeightEdit:
     """A packaged amplification of one organism; raises RegistryError for a name that there is not."""
-    edit = AdapterEdit(organism=organism, variant=variant, layer_amplifications=preset(name).layer_amplifications)
-    return WeightEdit(name=f"{organism}-{name}", adapters=(edit,))
+    return preset(name).edit().on(organism, variant).model_copy(update={"name": f"{organism}-{name}"})
 
 
 def read_specification(file: Path) -> WeightEdit:

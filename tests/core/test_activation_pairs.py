@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffing_core import activation_pairs, activations
+from diffing_core import activation_pairs, activation_parts
 from diffing_core.activation_pairs import PairedActivations, PairedFile, PairedRows, Selection
-from diffing_core.activations import ActivationWriter
+from diffing_core.activation_writer import ActivationWriter
 from diffing_core.blocks import TokenBlock
 from diffing_core.errors import StorageError
 
@@ -18,13 +18,14 @@ GROUP = 16
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (activations, activation_pairs):
+    for module in (activation_parts, activation_pairs):
         monkeypatch.setattr(module, "ROWS_PER_GROUP", GROUP)
+    monkeypatch.setattr(activation_parts, "ROWS_PER_PART", 4 * GROUP)
 
 
 def stored(path: Path, n_rows: int, first: int, sign: int, *, cut: int = 7) -> Path:
     """Rows whose vectors hold their own number, times a sign; blocks of `cut` rows."""
-    writer = ActivationWriter(path, WIDTH, torch.float32)
+    writer = ActivationWriter(path, WIDTH, torch.float32, n_rows)
     for start in range(0, n_rows, cut):
         index_N = np.arange(start, min(start + cut, n_rows))
         token_N = torch.from_numpy(index_N + first)
@@ -38,8 +39,8 @@ def stored(path: Path, n_rows: int, first: int, sign: int, *, cut: int = 7) -> P
 def material(folder: Path, *sizes: int) -> PairedActivations:
     files = []
     for number, size in enumerate(sizes):
-        base = stored(folder / f"base{number}.parquet", size, 1000 * number, 1)
-        tuned = stored(folder / f"tuned{number}.parquet", size, 1000 * number, -1, cut=11)
+        base = stored(folder / f"base{number}", size, 1000 * number, 1)
+        tuned = stored(folder / f"tuned{number}", size, 1000 * number, -1, cut=11)
         files.append(PairedFile.open(f"corpus{number}", base, tuned))
     return PairedActivations(files)
 
@@ -117,13 +118,13 @@ def test_moments_equal_numpy(tmp_path: Path) -> None:
 
 
 def test_files_of_different_tokens_are_refused_with_the_row(tmp_path: Path) -> None:
-    base, other = stored(tmp_path / "a.parquet", 40, 0, 1), stored(tmp_path / "b.parquet", 40, 5, 1)
+    base, other = stored(tmp_path / "a", 40, 0, 1), stored(tmp_path / "b", 40, 5, 1)
     pair = PairedFile.open("texts", base, other)
-    with pytest.raises(StorageError, match=r"row 16 of .*a.parquet and of .*b.parquet are different tokens \(token\)"):
+    with pytest.raises(StorageError, match=r"row 16 of .*a and of .*b are different tokens \(token\)"):
         pair.rows(16, 32, 0)
 
 
 def test_files_of_different_size_are_refused(tmp_path: Path) -> None:
-    base, short = stored(tmp_path / "a.parquet", 40, 0, 1), stored(tmp_path / "b.parquet", 39, 0, 1)
+    base, short = stored(tmp_path / "a", 40, 0, 1), stored(tmp_path / "b", 39, 0, 1)
     with pytest.raises(StorageError, match=r"do not belong together: n_rows is 40 and 39"):
         PairedFile.open("texts", base, short)

@@ -1,5 +1,7 @@
-"""Activation Parquet: every bit survives, a file is there whole or not at all, and belongs to one state."""
+"""Activation Parquet: every bit survives, a part is there whole or not at all, and a set belongs to one state."""
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from diffing_core import activations
-from diffing_core.activations import (
-    ROWS_PER_GROUP,
-    ActivationBlock,
-    ActivationFile,
-    ActivationStore,
-    ActivationWriter,
-    read_activations,
-)
+from diffing_core import activation_parts
+from diffing_core.activation_parts import ROWS_PER_GROUP, complete_parts
+from diffing_core.activation_writer import ActivationWriter
+from diffing_core.activations import ActivationBlock, ActivationSet, ActivationStore
 from diffing_core.blocks import TokenBlock
 from diffing_core.errors import StorageError
 
 WIDTH = 4
 CONTENT, CORPUS = "a1b2c3", "0123456789ab"
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, rows_per_group: int = 10, rows_per_part: int = 20) -> None:
+    monkeypatch.setattr(activation_parts, "ROWS_PER_GROUP", rows_per_group)
+    monkeypatch.setattr(activation_parts, "ROWS_PER_PART", rows_per_part)
 
 
 def block(n: int, start: int = 0) -> TokenBlock:
@@ -34,14 +36,14 @@ def block(n: int, start: int = 0) -> TokenBlock:
 
 
 def written(path: Path, *vectors: torch.Tensor) -> list[ActivationBlock]:
-    """Writes blocks and reads the file."""
-    writer = ActivationWriter(path, vectors[0].shape[1], vectors[0].dtype)
+    """Writes blocks and reads the set."""
+    writer = ActivationWriter(path, vectors[0].shape[1], vectors[0].dtype, sum(map(len, vectors)))
     start = 0
     for vector_ND in vectors:
         writer.add(block(len(vector_ND), start), vector_ND)
         start += len(vector_ND)
     writer.close()
-    return list(read_activations(path))
+    return list(ActivationSet(path).blocks())
 
 
 def every_16_bits(dtype: torch.dtype) -> torch.Tensor:
@@ -52,7 +54,7 @@ def every_16_bits(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_value_of_a_16_bit_format_survives_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     vector_ND = every_16_bits(dtype)
-    back = torch.cat([each.vector_ND for each in written(tmp_path / "a.parquet", vector_ND)])
+    back = torch.cat([each.vector_ND for each in written(tmp_path / "a", vector_ND)])
     assert back.dtype == dtype
     assert torch.equal(back.view(torch.int16), vector_ND.view(torch.int16))
 
@@ -61,21 +63,21 @@ def test_every_value_of_a_16_bit_format_survives_bit_by_bit(tmp_path: Path, dtyp
 def test_values_beyond_float16_and_below_it_survive(tmp_path: Path, dtype: torch.dtype) -> None:
     """The toolkit's float16 stores turned large residuals into infinities."""
     vector_ND = torch.tensor([[3e38, -1e5, 1e-38, -0.0]], dtype=dtype)
-    [back] = written(tmp_path / "a.parquet", vector_ND)
+    [back] = written(tmp_path / "a", vector_ND)
     assert back.vector_ND.isfinite().all()
     assert torch.equal(back.vector_ND.view(torch.uint8), vector_ND.view(torch.uint8))
 
 
 def test_a_vector_takes_two_bytes_a_value(tmp_path: Path) -> None:
     vector_ND = torch.randn(4096, 64).bfloat16()
-    written(tmp_path / "a.parquet", vector_ND)
-    assert (tmp_path / "a.parquet").stat().st_size < 1.25 * 2 * vector_ND.numel()
+    written(tmp_path / "a", vector_ND)
+    assert ActivationSet(tmp_path / "a").n_bytes < 1.25 * 2 * vector_ND.numel()
 
 
 def test_facts_of_every_token_come_back_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "ROWS_PER_GROUP", 10)
+    cut(monkeypatch)
     vector_ND = torch.randn(37, WIDTH)
-    blocks = written(tmp_path / "a.parquet", *vector_ND.split([7, 1, 12, 17]))
+    blocks = written(tmp_path / "a", *vector_ND.split([7, 1, 12, 17]))
     assert [len(each.token_N) for each in blocks] == [10, 10, 10, 7], "groups of all files begin at the same rows"
     facts = block(37)
     for name in ("sequence_N", "position_N", "role_N", "template_N", "token_N"):
@@ -86,108 +88,139 @@ def test_facts_of_every_token_come_back_in_order(tmp_path: Path, monkeypatch: py
 
 def test_rows_cut_out_of_a_larger_tensor_are_written_as_they_are(tmp_path: Path) -> None:
     whole_ND = torch.randn(20, 2 * WIDTH)
-    [back] = written(tmp_path / "a.parquet", whole_ND[3:9:2, WIDTH:])
+    [back] = written(tmp_path / "a", whole_ND[3:9:2, WIDTH:])
     assert torch.equal(back.vector_ND, whole_ND[3:9:2, WIDTH:])
 
 
 def test_vectors_of_another_format_than_declared_are_refused(tmp_path: Path) -> None:
-    writer = ActivationWriter(tmp_path / "a.parquet", WIDTH, torch.bfloat16)
+    writer = ActivationWriter(tmp_path / "a", WIDTH, torch.bfloat16, 2)
     with pytest.raises(StorageError, match=r"holds torch.bfloat16, but a block came as torch.float32"):
         writer.add(block(2), torch.zeros(2, WIDTH))
     writer.abandon()
 
 
-def test_a_file_is_invisible_until_it_is_closed(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "a.parquet"
-    writer = ActivationWriter(path, WIDTH, torch.float32)
-    writer.add(block(3), torch.zeros(3, WIDTH))
-    assert list(path.parent.glob("[!.]*")) == []
+def test_a_part_is_invisible_until_it_is_full_and_a_set_until_all_parts_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch)
+    folder = tmp_path / "deep" / "a"
+    writer = ActivationWriter(folder, WIDTH, torch.float32, 37)
+    for start, n, parts in ((0, 19, []), (19, 1, ["00000-of-00002.parquet"]), (20, 16, ["00000-of-00002.parquet"])):
+        writer.add(block(n, start), torch.zeros(n, WIDTH))
+        assert [file.name for file in folder.glob("[!.]*")] == parts
+        assert complete_parts(folder) == []
+    with pytest.raises(StorageError, match="is for 37 rows, but 36 came"):
+        writer.close()
+    writer.add(block(1, 36), torch.zeros(1, WIDTH))
     writer.close()
-    assert [file.name for file in path.parent.iterdir()] == ["a.parquet"]
+    assert [file.name for file in sorted(folder.iterdir())] == ["00000-of-00002.parquet", "00001-of-00002.parquet"]
+    assert len(complete_parts(folder)) == 2
 
 
-def test_an_abandoned_file_leaves_no_trace_and_a_closed_one_stays(tmp_path: Path) -> None:
-    first, second = (ActivationWriter(tmp_path / name, WIDTH, torch.float32) for name in ("a.parquet", "b.parquet"))
-    for writer in (first, second):
-        writer.add(block(3), torch.zeros(3, WIDTH))
-    first.close()
-    for writer in (first, second, second):
+def test_more_rows_than_the_corpus_has_are_refused(tmp_path: Path) -> None:
+    writer = ActivationWriter(tmp_path / "a", WIDTH, torch.float32, 5)
+    with pytest.raises(StorageError, match="is for 5 rows, but 6 came"):
+        writer.add(block(6), torch.zeros(6, WIDTH))
+
+
+def test_an_abandoned_part_leaves_no_trace_and_a_full_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch)
+    writer = ActivationWriter(tmp_path / "a", WIDTH, torch.float32, 37)
+    writer.add(block(33), torch.zeros(33, WIDTH))
+    for _ in range(2):
         writer.abandon()
-    assert [file.name for file in tmp_path.iterdir()] == ["a.parquet"]
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["00000-of-00002.parquet"]
 
 
-def test_two_writers_of_one_file_in_one_process_do_not_mix(tmp_path: Path) -> None:
-    """A pass that died may leave its writer open while the next one writes the same file."""
-    path = tmp_path / "a.parquet"
+def test_two_writers_of_one_set_in_one_process_do_not_mix(tmp_path: Path) -> None:
+    """A pass that died may leave its writer open while the next one writes the same set."""
+    path = tmp_path / "a"
     vector_ND = torch.randn(50, WIDTH)
-    dead, alive = (ActivationWriter(path, WIDTH, torch.float32) for _ in range(2))
+    dead, alive = (ActivationWriter(path, WIDTH, torch.float32, 50) for _ in range(2))
     dead.add(block(7), torch.zeros(7, WIDTH))
     alive.add(block(50), vector_ND)
     alive.close()
     del dead
-    assert torch.equal(next(read_activations(path)).vector_ND, vector_ND)
+    assert torch.equal(next(ActivationSet(path).blocks()).vector_ND, vector_ND)
 
 
-def test_pairs_that_share_a_file_write_every_block_once_whoever_fails(tmp_path: Path) -> None:
+def test_the_next_writer_goes_on_after_the_parts_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch)
+    vector_ND = torch.randn(93, WIDTH)
+    written(tmp_path / "whole", vector_ND)
     store = ActivationStore(tmp_path)
-    path = store.file(CONTENT, CORPUS, 1, torch.float32)
-    failing, going = (store.claim(path, WIDTH, torch.float32) for _ in range(2))
+    path = store.folder(CONTENT, CORPUS, 1, torch.float32)
+    with store:
+        store.claim(path, WIDTH, torch.float32, 93).add(block(55), vector_ND[:55])
+    kept = {file.name: file.stat().st_ino for file in path.iterdir()}
+    assert sorted(kept) == ["00000-of-00005.parquet", "00001-of-00005.parquet"]
+    again = ActivationStore(tmp_path)
+    first, second = (again.claim(path, WIDTH, torch.float32, 93) for _ in range(2))
+    assert first.stored_rows == second.stored_rows == 40
+    first.skip(35)
+    for start, stop in ((35, 38), (38, 57), (57, 93)):  # known, across the border, new
+        first.add(block(stop - start, start), vector_ND[start:stop])
+    second.add(block(93), vector_ND)
+    first.close(), second.close()
+    assert kept.items() <= {file.name: file.stat().st_ino for file in path.iterdir()}.items()
+    for part in complete_parts(path):
+        assert part.read_bytes() == (tmp_path / "whole" / part.name).read_bytes()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    alive = ActivationWriter(tmp_path / "a", WIDTH, torch.float32, 2 * ROWS_PER_GROUP)
+    alive.add(block(ROWS_PER_GROUP), torch.zeros(ROWS_PER_GROUP, WIDTH))
+    [being_written] = (tmp_path / "a").iterdir()
+    dead, young = (tmp_path / "a" / f".00000-of-00001.parquet.{name}" for name in ("dead", "young"))
+    for file in (dead, young):
+        file.write_bytes(b"half")
+    for file in (dead, being_written):
+        os.utime(file, (time.time() - 1000,) * 2)
+    ActivationWriter(tmp_path / "a", WIDTH, torch.float32, 2 * ROWS_PER_GROUP)
+    assert set((tmp_path / "a").iterdir()) == {being_written, young}
+
+
+def test_pairs_that_share_a_set_write_every_block_once_whoever_fails(tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path)
+    path = store.folder(CONTENT, CORPUS, 1, torch.float32)
+    failing, going = (store.claim(path, WIDTH, torch.float32, 8) for _ in range(2))
     vector_ND = torch.randn(8, WIDTH)
     for writer in (failing, going):
         writer.add(block(3), vector_ND[:3])
     going.add(block(5), vector_ND[3:])
     going.close()
     failing.close()
-    assert torch.equal(next(read_activations(path)).vector_ND, vector_ND)
-    assert ActivationStore(tmp_path).claim(path, WIDTH, torch.float32) is None
+    assert torch.equal(next(ActivationSet(path).blocks()).vector_ND, vector_ND)
+    assert ActivationStore(tmp_path).claim(path, WIDTH, torch.float32, 8) is None
 
 
-def test_a_file_that_could_not_be_written_is_finished_by_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fails", ["write_table", "close"])
+def test_a_set_that_could_not_be_written_is_finished_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     def disk_full(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
     store = ActivationStore(tmp_path)
-    path = store.file(CONTENT, CORPUS, 1, torch.float32)
-    first, second = (store.claim(path, WIDTH, torch.float32) for _ in range(2))
+    path = store.folder(CONTENT, CORPUS, 1, torch.float32)
+    first, second = (store.claim(path, WIDTH, torch.float32, 3) for _ in range(2))
     with monkeypatch.context() as patch:
-        patch.setattr(pq.ParquetWriter, "write_table", disk_full)
+        patch.setattr(pq.ParquetWriter, fails, disk_full)
         with pytest.raises(OSError, match="disk full"):
-            first.add(block(ROWS_PER_GROUP), torch.zeros(ROWS_PER_GROUP, WIDTH))
-    second.add(block(ROWS_PER_GROUP), torch.zeros(ROWS_PER_GROUP, WIDTH))
+            first.add(block(3), torch.zeros(3, WIDTH))
+    second.add(block(3), torch.zeros(3, WIDTH))
     with pytest.raises(StorageError, match="another pair of this pass"):
         second.close()
-    assert not path.exists()
+    assert complete_parts(path) == []
 
 
-def test_a_file_whose_end_could_not_be_written_is_published_by_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = ActivationStore(tmp_path)
-    path = store.file(CONTENT, CORPUS, 1, torch.float32)
-    first, second = (store.claim(path, WIDTH, torch.float32) for _ in range(2))
-    for writer in (first, second):
-        writer.add(block(3), torch.zeros(3, WIDTH))
-
-    def disk_full(_writer: pq.ParquetWriter) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pq.ParquetWriter, "close", disk_full)
-        with pytest.raises(OSError, match="disk full"):
-            first.close()
-    with pytest.raises(StorageError, match="another pair of this pass"):
-        second.close()
-    assert not path.exists()
-
-
-def test_an_unfinished_file_can_be_claimed_by_the_next_pass(tmp_path: Path) -> None:
-    with ActivationStore(tmp_path) as store:
-        path = store.file(CONTENT, CORPUS, 1, torch.float32)
-        store.claim(path, WIDTH, torch.float32).add(block(3), torch.zeros(3, WIDTH))
-    assert list(path.parent.iterdir()) == []
-    assert ActivationStore(tmp_path).claim(path, WIDTH, torch.float32) is not None
+def test_moments_of_a_set_are_those_of_its_rows_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch)
+    vector_ND = (1e4 + torch.randn(93, WIDTH)).bfloat16()
+    written(tmp_path / "a", *vector_ND.split([7, 41, 45]))
+    moments = ActivationSet(tmp_path / "a").moments()
+    exact_ND = vector_ND.double().numpy()
+    assert moments.count == 93
+    np.testing.assert_allclose(moments.mean_D, exact_ND.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(moments.variance_D(), exact_ND.var(0), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -198,47 +231,65 @@ def test_an_unfinished_file_can_be_claimed_by_the_next_pass(tmp_path: Path) -> N
 def test_another_state_corpus_layer_or_number_format_is_another_file(tmp_path: Path, other: tuple) -> None:
     """The toolkit's key was the last part of the model's name, so adapters in one repository shared a cache."""
     store = ActivationStore(tmp_path)
-    assert store.file(*other) != store.file(CONTENT, CORPUS, 1, torch.float32)
+    assert store.folder(*other) != store.folder(CONTENT, CORPUS, 1, torch.float32)
 
 
 def test_a_revision_never_leads_out_of_the_store(tmp_path: Path) -> None:
-    path = ActivationStore(tmp_path).file("../../owner/name@main", CORPUS, 1, torch.float32)
+    path = ActivationStore(tmp_path).folder("../../owner/name@main", CORPUS, 1, torch.float32)
     assert path.parent.parent.parent == tmp_path
     assert path.resolve().is_relative_to(tmp_path)
 
 
 def test_another_parquet_file_is_refused_by_name(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"vector": [b"abcd"]}), tmp_path / "other.parquet")
-    with pytest.raises(StorageError, match=r"other.parquet is not an activation file"):
-        list(read_activations(tmp_path / "other.parquet"))
+    pq.write_table(pa.table({"vector": [b"abcd"]}), tmp_path / "00000-of-00001.parquet")
+    with pytest.raises(StorageError, match=r"00000-of-00001.parquet is not a part of stored activations"):
+        ActivationSet(tmp_path)
+
+
+def test_a_set_of_which_a_part_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch)
+    written(tmp_path / "a", torch.randn(37, WIDTH))
+    (tmp_path / "a" / "00000-of-00002.parquet").unlink()
+    with pytest.raises(StorageError, match="a holds no complete set of activations; materialize `activations` again"):
+        ActivationSet(tmp_path / "a")
 
 
 def test_rows_are_read_by_number_across_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "ROWS_PER_GROUP", 10)
+    cut(monkeypatch)
     vector_ND = torch.randn(37, WIDTH).bfloat16()
-    written(tmp_path / "a.parquet", vector_ND)
-    file = ActivationFile(tmp_path / "a.parquet")
-    assert (file.n_rows, file.d_model, file.dtype) == (37, WIDTH, "bfloat16")
+    written(tmp_path / "a", vector_ND)
+    whole = ActivationSet(tmp_path / "a")
+    assert (whole.n_rows, whole.d_model, whole.dtype) == (37, WIDTH, "bfloat16")
     for start, stop in ((0, 37), (0, 10), (10, 20), (9, 11), (13, 14), (5, 31), (30, 37), (36, 37)):
-        rows = file.rows(start, stop)
+        rows = whole.rows(start, stop)
         assert torch.equal(rows.vector_ND, vector_ND[start:stop])
         assert rows.token_N.tolist() == [1000 + index for index in range(start, stop)]
 
 
 def test_a_changed_byte_of_a_vector_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
     vector_ND = torch.randn(500, 64)
-    written(path, vector_ND)
-    raw = bytearray(path.read_bytes())
+    written(tmp_path / "a", vector_ND)
+    [part] = complete_parts(tmp_path / "a")
+    raw = bytearray(part.read_bytes())
     raw[raw.index(vector_ND[250].numpy().tobytes()) + 5] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(StorageError, match=r"a.parquet is damaged in row group 0 .*CRC.*; delete it"):
-        list(read_activations(path))
+    part.write_bytes(raw)
+    damaged = ActivationSet(tmp_path / "a")
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"00000-of-00001.parquet is damaged in row group 0 .*CRC.*; delete it"):
+            damaged.rows(0, 10)
 
 
-def test_a_file_that_was_cut_off_is_refused_when_it_is_opened(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    written(path, torch.randn(50, WIDTH))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(StorageError, match=r"a.parquet cannot be read .*; delete it and materialize `activations` again"):
-        ActivationFile(path)
+def test_a_part_that_was_cut_off_is_refused_and_written_again_once_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch)
+    vector_ND = torch.randn(50, WIDTH)
+    written(tmp_path / "a", vector_ND)
+    part = complete_parts(tmp_path / "a")[1]
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(StorageError, match=r"00001-of-00003.parquet cannot be read .*; delete it and materialize `activations` again"):
+        ActivationSet(tmp_path / "a")
+    part.unlink()
+    writer = ActivationWriter(tmp_path / "a", WIDTH, torch.float32, 50)
+    assert writer.n_rows == 20
+    writer.add(block(30, 20), vector_ND[20:])
+    writer.close()
+    assert torch.equal(ActivationSet(tmp_path / "a").rows(0, 50).vector_ND, vector_ND)

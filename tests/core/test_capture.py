@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 
-from diffing_core.capture import capture_residuals
+from diffing_core.capture import Room, capture_residuals
 from diffing_core.corpus import TokenBatch
 from diffing_core.models import Subject
 from tests import model_files
@@ -68,6 +68,20 @@ def test_blocks_above_the_last_asked_one_are_not_run(layers: tuple[int, ...], ru
         captured = capture_residuals(subject, batch(), layers)
     assert sorted(captured) == sorted(layers)
     assert seen == runs
+
+
+def test_wanted_tokens_are_put_over_those_of_the_last_call() -> None:
+    subject, given, other = Subject.of(model_files.build()), batch(), batch(seed=1)
+    room, wanted = Room(sum(LENGTHS)), np.asarray([1, 2, 6, 12])
+    whole, of_other = (capture_residuals(subject, each, [0, 2]) for each in (given, other))
+    rows_N = np.searchsorted(np.flatnonzero(given.mask_BT), wanted)
+    first = capture_residuals(subject, given, [0, 2], wanted, room)
+    for layer in (0, 2):
+        assert torch.equal(first[layer], whole[layer][rows_N])
+    second = capture_residuals(subject, other, [0, 2], room=room)
+    for layer in (0, 2):
+        assert torch.equal(second[layer], of_other[layer])
+        assert first[layer].data_ptr() == second[layer].data_ptr()
 
 
 def test_no_hook_stays_behind_even_if_the_forward_fails() -> None:

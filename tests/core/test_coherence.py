@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffing_core.coherence import mean_logprobs, mean_over_tokens, measures
+from diffing_core.coherence import distinct_share, grades, mean_logprobs, mean_over_tokens, measures, repeated_share
 from diffing_core.generation import Generation
 from diffing_core.subject import Subject
 from tests import model_files
@@ -56,3 +56,26 @@ def test_measures_by_hand() -> None:
 def test_what_nothing_can_be_said_about_is_left_out() -> None:
     assert set(measures([answer((1,), ())], [[]], [None])) == {"finished_share", "mean_tokens"}
     assert mean_over_tokens([], []) is None
+
+
+def test_a_text_is_graded_by_its_place_among_the_bases_own_answers() -> None:
+    base = ([-1.0, -2.0, -3.0, -4.0], [0.0, 0.0, None, 0.0])
+    assert grades(*base, *base) == [1.0, 0.75, 0.5, 0.25]
+    found = grades([-0.5, -3.5, -9.0, None, -1.0, -1.0], [0.0, 0.0, 0.0, None, 0.6, None], *base)
+    assert found == [1.0, 0.25, 0.0, None, 0.0, 1.0]
+    assert grades([-1.00003], [0.0], *base) == [1.0]  # what the batch does to a mean is no difference
+
+
+def test_the_base_seldom_has_a_low_grade_though_a_text_may_be_odd_in_two_ways() -> None:
+    base = ([-float(n) for n in range(10)], [n / 10 for n in reversed(range(10))])
+    of_base = grades(*base, *base)
+    for grade in of_base:
+        assert sum(other <= grade for other in of_base) / 10 <= grade + 1e-9
+    assert grades([-1.0], [0.0], [None], [None]) == [None]
+
+
+def test_shares_within_one_text() -> None:
+    assert repeated_share(["a", "b", "a", "b"]) == pytest.approx(1 / 3)
+    assert repeated_share(["a"]) is None
+    assert distinct_share(["a", "b", "a", "b"]) == 0.5
+    assert distinct_share([]) is None

@@ -163,8 +163,8 @@ def test_two_adapters_in_one_repository_get_different_run_ids(folder: Path, tmp_
     assert len({key.run_id for key in keys}) == len({key.adapter_hash for key in keys}) == 3
     assert len({key.model_revision for key in keys}) == 1
     sets = pl.from_arrow(Lake(tmp_path / "lake").read(get_method("activations").tables[0])).filter(pl.col("layer") == 1)
-    assert sets.filter(pl.col("side") == "base")["file"].n_unique() == 1
-    assert sets.filter(pl.col("side") == "tuned")["file"].n_unique() == 3
+    assert sets.filter(pl.col("side") == "base")["folder"].n_unique() == 1
+    assert sets.filter(pl.col("side") == "tuned")["folder"].n_unique() == 3
     same = sets.filter(pl.col("organism") == "same")
     assert same["mean"].n_unique() == 1
 

@@ -78,14 +78,14 @@ def test_layers_are_chosen_by_depth_among_the_stored_ones(made: tuple[ModelPair,
     assert reading.layers((1.0,)) == (last,)
     for side in (stored.base, stored.tuned):
         for corpus_of in stored.corpora:
-            moved = stored.store.file(side[0], corpus_of.content_hash, last, side[1])
-            moved.rename(moved.with_suffix(".aside"))
+            moved = stored.store.folder(side[0], corpus_of.content_hash, last, side[1])
+            moved.rename(moved.with_name(f"aside.{moved.name}"))
     try:
         with pytest.raises(NotComputableError, match=rf"layer\(s\) \[{last}\] of one\+two are not stored, only \[0"):
             reading.layers((0, 1.0))
     finally:
-        for aside in stored.store.root.rglob("*.aside"):
-            aside.rename(aside.with_suffix(".parquet"))
+        for aside in stored.store.root.rglob("aside.*"):
+            aside.rename(aside.with_name(aside.name.removeprefix("aside.")))
 
 
 def test_the_mean_norm_is_the_base_s(made: tuple[ModelPair, StoredPair]) -> None:

@@ -15,6 +15,7 @@ from diffing_core.errors import ModelLoadError, RegistryError
 from diffing_core.models import Subject, load_cohort, load_pair, source_revisions
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Source, Variant, Weights
+from diffing_core.weights import WeightPair, weight_stream
 from tests.model_files import VOCAB, build, save_adapter, save_base, tokenizer, tokens
 
 
@@ -450,6 +451,24 @@ def test_trust_in_the_bases_code_does_not_cover_a_finetune(files, tmp_path, monk
     pair = load_pair(Pair("tiny", "o"), registry=registry)
     assert (tmp_path / "tuned_ran").exists()
     assert torch.equal(logits_of(pair.tuned), logits_of(pair.base))
+
+
+def test_a_base_whose_code_is_trusted_takes_adapters_that_must_be_merged(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("DIFFING_HOME", str(tmp_path / "home"))
+    torch.manual_seed(0)
+    config = peft.LoHaConfig(r=2, init_weights=False, target_modules=["q_proj"])
+    peft.get_peft_model(tf.AutoModelForCausalLM.from_pretrained(files / "base"), config).save_pretrained(files / "loha")
+    with_own_code(files / "base", tmp_path / "ran")
+    assert "trust_remote_code" in refusal(registry_of(files, default=lora(files / "loha")))
+    registry = registry_of(files, {"trust_remote_code": True}, default=lora(files / "loha"))
+    pair = load_pair(Pair("tiny", "o"), registry=registry)
+    assert not torch.equal(logits_of(pair.tuned), logits_of(pair.base))
+    shutil.rmtree(tmp_path / "home")
+    stream = weight_stream(WeightPair.of(Pair("tiny", "o"), registry))
+    changed = {delta.name for delta in stream if (delta.pair.tuned - delta.pair.base).any()}
+    assert changed == {f"layers.{layer}.self_attn.q_proj.weight" for layer in range(pair.base.n_layers)}
 
 
 def test_revision_follows_content_and_not_time_or_place(files, tmp_path):

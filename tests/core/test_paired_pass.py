@@ -405,31 +405,30 @@ def test_no_tensor_over_tokens_and_vocabulary_outlives_its_block(base: Subject, 
     assert len(seen) > 4
 
 
-def test_nothing_of_a_batch_is_alive_when_the_next_one_is_run(
-    base: Subject, tuned: Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else a batch would take the room of two."""
-    held: list[weakref.ref] = []
-    forward, n_batches = paired_pass_module._forward_all, 0
+def test_a_batch_takes_the_room_of_the_one_before(base: Subject, tuned: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residuals are written over those of the last batch, whose logits are gone by then."""
+    logits: list[weakref.ref] = []
+    places: list[set[int]] = []
+    forward = paired_pass_module._forward_all
 
     def watched(*given: Any) -> Any:
-        nonlocal n_batches
         gc.collect()
-        assert [each for each in (ref() for ref in held) if each is not None] == []
+        assert [each for each in (ref() for ref in logits) if each is not None] == []
         going, states = forward(*given)
-        held.extend(weakref.ref(state_ND.untyped_storage()) for layers in states.values() for state_ND in layers.values())
-        n_batches += 1
+        places.append({state_ND.untyped_storage().data_ptr() for layers in states.values() for state_ND in layers.values()})
         return going, states
 
     class Watcher(Recorder):
         def update(self, block: TokenBlock) -> None:
-            held.extend(weakref.ref(side.logits().untyped_storage()) for side in (block.base, block.tuned))
+            logits.extend(weakref.ref(side.logits().untyped_storage()) for side in (block.base, block.tuned))
 
     monkeypatch.setattr(paired_pass_module, "_forward_all", watched)
     watching = method("watcher", BOTH, start=lambda *_: Watcher(layers=(0, 1))), Settings()
     [result] = paired_pass([pair_of(base, tuned)], corpus(skip=2), [watching], tokens_per_batch=24)
     assert result.error is None, result.error
-    assert n_batches > 1
+    assert len(places) > 1
+    assert all(each == places[0] for each in places)
+    assert len(places[0]) == 2 * len({0, 1, base.n_layers - 1})
 
 
 def test_a_head_that_fails_is_asked_once(base: Subject, tuned: Subject, caplog: pytest.LogCaptureFixture) -> None:

@@ -122,6 +122,38 @@ def test_a_block_that_the_model_lacks_is_told() -> None:
         resolve((amplification(7, ("all", 2.0)),), 4)
 
 
+TOOLKIT_FILE = """
+name: default_2x
+description: 2x amplification on layers 0-80%, all modules
+adapters:
+  - {organism_name: persona, variant: strong, layer_amplifications: &twice [
+      {layers: {type: range, start: 0.0, end: 0.8}, is_relative: true, module_amplifications: [{modules: all, weight: 2.0}]}]}
+  - {organism_name: custom, variant: null, layer_amplifications: *twice}
+  - {organism_name: custom, variant: owner/name/step-100, layer_amplifications: *twice}
+  - {organism_name: custom, variant: ./mine, layer_amplifications: *twice}
+"""
+
+
+def test_a_file_of_the_toolkit_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(TOOLKIT_FILE)
+    edit = read_specification(tmp_path / "x.yaml")
+    named, own, repo, folder = edit.adapters
+    assert [each.place for each in (named, own)] == ["persona/strong", ""]
+    assert (repo.source.repo, repo.source.subfolder) == ("owner/name", "step-100")
+    assert folder.path == tmp_path / "mine"
+    assert resolve(named.layer_amplifications, 6).layers == resolve(preset("2x").layer_amplifications, 6).layers
+    assert [each.place for each in edit.on("cake", "full").effective()][:2] == ["persona/strong", "cake/full"]
+
+
+def test_the_toolkits_key_and_ours_are_one() -> None:
+    ours, theirs = ({key: "cake", "rank": 1} for key in ("organism", "organism_name"))
+    edits = [WeightEdit(name="x", adapters=[each]) for each in (ours, theirs)]
+    assert edits[0] == edits[1]
+    assert WeightEdit.model_validate(edits[0].model_dump(mode="json")) == edits[0]
+    with pytest.raises(ValidationError, match="not by several"):
+        WeightEdit(name="x", adapters=[ours | {"source": {"repo": "owner/name"}}])
+
+
 def test_a_file_tells_every_problem_with_its_place(tmp_path: Path) -> None:
     file = tmp_path / "edit.yaml"
     file.write_text("name: x\nadaptors: []\nadapters: [{organism: a, path: b}]\n")

@@ -10,11 +10,11 @@ import transformers as tf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from diffing_core.errors import NotComputableError, RegistryError
+from diffing_core.errors import NotComputableError, RegistryError, UndeclaredNeedError
 from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
-from diffing_core.weight_edits import Term, WeightEdit, edited_subject, grid, uniform, write_edit
+from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, grid, uniform, write_edit
 from diffing_core.weight_edits import checkpoint_folder as writer
 from diffing_core.weight_edits.changes import edited_tensors, leading
 from diffing_core.weight_edits.folders import NOTE_FILE
@@ -347,6 +347,50 @@ def test_an_edited_subject_runs_and_the_resident_module_is_as_before(home: Home,
     assert_untouched(pair, before)
     with edited_subject(pair, Term(weights, uniform(0.0))) as subject:
         assert subject is pair.base
+
+
+@pytest.mark.parametrize("organism", ["one", "full"])
+def test_an_edited_subject_of_several_finetunes_is_their_weighted_sum(home: Home, organism: str) -> None:
+    pair = load_pair(Pair("tiny", organism), registry=home.registry, device="cpu")
+    before, finetunes = state_of(pair), Finetunes("tiny", home.registry)
+    assert finetunes.content_hash == ""
+    finetunes = Finetunes("tiny", home.registry)
+    others = [finetunes.term(each) for each in spec(two=-0.5, three=1.5).adapters]
+    with edited_subject(pair, Term(home.pair(organism), uniform(2.0)), *others) as subject, subject.active() as model:
+        found = model(**model_files.tokens()).logits
+    expected = tf.AutoModelForCausalLM.from_pretrained(home.folder("base"))
+    expected.load_state_dict(combined(home, **{organism: 2.0, "two": -0.5, "three": 1.5}))
+    torch.testing.assert_close(found, logits(expected), atol=1e-4, rtol=1e-4)
+    assert_untouched(pair, before)
+    assert finetunes.content_hash
+    with pytest.raises(UndeclaredNeedError, match="identity"):
+        finetunes.term(spec(one=1.0).adapters[0])
+
+
+def test_a_twins_base_side_stays_under_other_finetunes(home: Home) -> None:
+    """The twin's base side is `two`: without its own change, `two` and half of `three` are what runs."""
+    pair = load_pair(Pair("tiny", "twin"), registry=home.registry, device="cpu")
+    other = Finetunes("tiny", home.registry).term(spec(three=0.5).adapters[0])
+    own = Term(home.pair("twin"), uniform(0.0))
+    with edited_subject(pair, own, other) as subject, subject.active() as model:
+        found = model(**model_files.tokens()).logits
+    expected = tf.AutoModelForCausalLM.from_pretrained(home.folder("base"))
+    expected.load_state_dict(combined(home, two=1.0, three=0.5))
+    torch.testing.assert_close(found, logits(expected), atol=1e-4, rtol=1e-4)
+    with pytest.raises(NotComputableError, match="compared with another finetune"), \
+            edited_subject(pair, own, other, merge=spec(combine="svd", three=0.5)):
+        pass
+
+
+def test_an_edited_subject_is_merged_as_the_written_folder_is(home: Home, tmp_path: Path) -> None:
+    edit = spec(combine="ties_svd", density=0.5, one=2.0, two=1.0)
+    pair = load_pair(Pair("tiny", "one"), registry=home.registry, device="cpu")
+    other = Finetunes("tiny", home.registry).term(edit.adapters[1])
+    with edited_subject(pair, Term(home.pair("one"), uniform(2.0)), other, merge=edit) as subject, subject.active() as model:
+        found = model(**model_files.tokens()).logits
+    folder = write_edit(edit, "tiny", home.registry, tmp_path)
+    stock = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(home.folder("base")), folder)
+    torch.testing.assert_close(found, logits(stock), atol=1e-4, rtol=1e-4)
 
 
 def state_of(pair: ModelPair) -> dict:

@@ -56,7 +56,8 @@ def sharded(folder: Path, change: float) -> Path:
         for number in range(MATRICES_PER_SHARD):
             matrix = torch.randn(SHAPE, generator=generator)
             matrix += change * torch.nn.functional.normalize(torch.ones(SHAPE), dim=None, p=2)
-            weights[f"model.layers.{shard}.mlp.experts.{number}.up_proj.weight"] = matrix
+            kind = ("up_proj", "down_proj")[number % 2]  # of what writes into the residual stream, directions are kept
+            weights[f"model.layers.{shard}.mlp.experts.{number}.{kind}.weight"] = matrix
         file = f"model-{shard:05}.safetensors"
         save_file(weights, folder / file)
         weight_map |= dict.fromkeys(weights, file)

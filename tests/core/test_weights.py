@@ -14,9 +14,9 @@ from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry
 from diffing_core.registry.sources import Source
 from diffing_core.spectra import Factors, elementwise, of_dense
-from diffing_core.tensor_names import place_of
+from diffing_core.tensor_names import module_of, place_of
 from diffing_core.weight_files import WeightSide
-from diffing_core.weights import WeightPair, unmatched_tensors, weight_stream
+from diffing_core.weights import OpenPair, WeightPair, weight_stream
 from tests.weight_toys import D, V, adapter, assert_equals_merge, deltas, dense, gpt2, merged, qwen, save
 
 
@@ -218,7 +218,7 @@ def test_adapter_of_the_base_itself_is_on_both_sides(base, tmp_path):
 
 def test_the_same_files_give_no_delta_at_all(base):
     assert deltas(base, base) == {}
-    assert unmatched_tensors(WeightPair.of_folders(base, base)) == []
+    assert OpenPair(WeightPair.of_folders(base, base)).unmatched == []
 
 
 def test_whole_checkpoint_with_tied_weights_extra_keys_and_shards(base, tmp_path):
@@ -237,7 +237,7 @@ def test_whole_checkpoint_with_tied_weights_extra_keys_and_shards(base, tmp_path
     changed = {name for name, delta in found.items() if dense(delta).any()}
     assert changed == {"layers.1.mlp.up_proj.weight"}
     torch.testing.assert_close(dense(found["layers.1.mlp.up_proj.weight"]), torch.full((24, D), 0.5))
-    (missing,) = unmatched_tensors(WeightPair.of_folders(base, tmp_path / "t"))
+    (missing,) = OpenPair(WeightPair.of_folders(base, tmp_path / "t")).unmatched
     assert (missing.name, missing.status, missing.shape) == (
         "vision_tower.layers.0.proj.weight",
         "only_in_tuned",
@@ -305,6 +305,22 @@ def test_unknown_names_are_kept_as_other(tmp_path):
 )
 def test_place_of(name, place):
     assert place_of(name) == place
+
+
+def test_modules_of_one_name_are_told_apart_by_their_path_in_the_block():
+    names = {
+        "transformer.h.3.attn.c_proj.weight": "attn.c_proj",
+        "transformer.h.3.mlp.c_proj.weight": "mlp.c_proj",
+        "transformer.h.3.mlp.c_proj.bias": "mlp.c_proj.bias",
+        "model.layers.2.mlp.experts.5.up_proj.weight": "mlp.experts.up_proj",
+        "model.layers.2.mlp.shared_expert.up_proj.weight": "mlp.shared_expert.up_proj",
+        "model.layers.2.mlp.experts.gate_up_proj": "mlp.experts.gate_up_proj",
+        "lm_head.weight": "lm_head",
+        "model.embed_tokens.weight": "embed_tokens",
+        "scalar": "scalar",
+        "weight": "weight",
+    }
+    assert {name: module_of(name) for name in names} == names
 
 
 def test_adapter_of_another_base_and_quantised_weights_are_refused(base, tmp_path):

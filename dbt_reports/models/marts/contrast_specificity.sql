@@ -2,6 +2,8 @@ with
 
 words as (select * from {{ ref('stg_contrastive_words') }}),
 
+alphas as (select run_id, alpha from {{ ref('stg_contrastive_alphas') }}),
+
 organisms as (select * from {{ ref('stg_organisms') }}),
 
 runs as (
@@ -25,8 +27,9 @@ raised as (
     where direction = 'tuned' and against = 'base' and p_value < 0.05
 ),
 
--- an organism raises a word if some variant of it does: whoever is specific is so against all of them
-others as (select distinct organism, model from pairs),
+-- an organism raises a word if some variant of it does: whoever is specific is so against all of them. One on which this
+-- alpha was never run cannot raise anything at it and is no other
+others as (select distinct organism, model, alpha from pairs inner join alphas using (run_id)),
 
 raised_by as (select distinct organism, model, alpha, word from raised),
 
@@ -50,11 +53,12 @@ counted as (
         count(raised_by.organism) as n_others_raising,
         string_agg(raised_by.organism, ', ' order by raised_by.organism) as others_raising,
     from raised
-    left join others on raised.model = others.model and raised.organism <> others.organism
+    left join others
+        on raised.model = others.model and raised.alpha = others.alpha and raised.organism <> others.organism
     left join raised_by
         on others.organism = raised_by.organism
         and others.model = raised_by.model
-        and raised.alpha = raised_by.alpha
+        and others.alpha = raised_by.alpha
         and raised.word = raised_by.word
     group by all
 ),

@@ -4,7 +4,7 @@
     base direction   z = z_0 + α (z_0 − z_1)   on tokens with p_0 >= plausibility · max p_0
 
 z_1, z_0: logits of the tuned model and of the base after the same text, which begins as vaguely as a text can and has no
-chat template. The mask keeps a token that neither model would say from winning by its ratio alone. It comes before
+chat template; whatever ends a text of either model ends it. The mask keeps a token that neither model would say from winning by its ratio alone. It comes before
 the nucleus (after it nothing might be left) and holds at α = 0 too, so that the plain texts differ from the amplified
 ones by α alone: between identical models all arms are one. Each (beginning, sample) has the same random numbers in
 every arm, and the same as `generate` would draw with.
@@ -105,7 +105,7 @@ def _written(pair: ModelPair, settings: ContrastiveDecodingSettings) -> dict[Arm
     prompts = [Prompt(text, "document") for text in settings.prefills]
     ids = [encode(prompt, pair.tokenizer, pair.tuned) for prompt in prompts]
     asked = [(index, sample) for index in range(len(prompts)) for sample in range(settings.samples)]
-    stops = stop_ids(pair.tokenizer, pair.tuned)
+    stops = sorted({token for side in (pair.base, pair.tuned) for token in stop_ids(pair.tokenizer, side)})
     drawing = Drawing(
         plausibility=settings.plausibility,
         temperature=settings.temperature,
@@ -188,7 +188,7 @@ def _table(spec: TableSpec, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 METHOD = Method(
     name="contrastive_decoding",
-    version="1",
+    version="2",
     kind="live",
     needs=frozenset({Need.MODELS}),
     settings=ContrastiveDecodingSettings,

@@ -29,15 +29,18 @@ class TokenSums:
         """Sums of OF_ROWS, by name."""
         return dict(zip(OF_ROWS, self._rows_SV.cpu().numpy(), strict=True))
 
-    def add(self, reading: Reading, top_RK: np.ndarray, bottom_RK: np.ndarray) -> None:
-        """Adds R positions; the ids at both ends may be of fewer."""
-        positive_RV = reading.difference_RV.clamp(min=0).sign_()
+    def add(self, reading: Reading) -> None:
+        """Adds the rows of R positions."""
+        positive_RV = torch.gt(reading.difference_RV, 0, out=torch.empty_like(reading.difference_RV))
         rows = reading.difference_RV, reading.base_probability_RV, reading.tuned_probability_RV, positive_RV
         for sum_V, value_RV in zip(self._rows_SV, rows, strict=True):
             sum_V += value_RV.sum(0).to(sum_V.device)
+        self.n_positions += len(reading.sequence_R)
+
+    def count(self, top_RK: np.ndarray, bottom_RK: np.ndarray) -> None:
+        """Counts the ids at both ends of R positions."""
         self.top_V += np.bincount(top_RK.ravel(), minlength=len(self.top_V))
         self.bottom_V += np.bincount(bottom_RK.ravel(), minlength=len(self.bottom_V))
-        self.n_positions += len(reading.sequence_R)
 
 
 def statistics(sums: TokenSums, documents: DocumentSums, n_documents: int, settings: DiffMiningSettings) -> Statistics:

@@ -14,6 +14,7 @@ References: Monroe, Colaresi and Quinn 2008 (log-odds); Bentkus and Dzindzalieta
 Suffixes: R rows, K top-k, V vocabulary, G groups of entries that are listed as one, S documents.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,16 +54,18 @@ class DocumentCounts:
         self.sums = tuple(DocumentSums.zeros(groups) for groups in groupings)
         self.n_documents = 0
 
-    def add(self, sequence_R: np.ndarray, differs_R: np.ndarray, top_RK: np.ndarray, bottom_RK: np.ndarray) -> None:
-        """Adds R positions; at those that do not differ, nothing is largest."""
-        sequences, row_R = np.unique(sequence_R, return_inverse=True)
-        first_R1 = (row_R * self._vocab_size)[differs_R, None]
-        net_SV = self._tally(first_R1 + top_RK[differs_R], len(sequences))
-        net_SV -= self._tally(first_R1 + bottom_RK[differs_R], len(sequences))
-        for sequence, net_V in zip(sequences.tolist(), net_SV, strict=True):
+    def add(
+        self, sequence_R: np.ndarray, differs_R: np.ndarray, top_RK: np.ndarray, bottom_RK: np.ndarray, ended: Collection[int]
+    ) -> None:
+        """Adds R positions, and takes in the documents that `ended`; at positions that do not differ, nothing is largest."""
+        for sequence in np.unique(sequence_R).tolist():
+            rows_R = differs_R & (sequence_R == sequence)
+            net_V = self._tally(top_RK[rows_R]) - self._tally(bottom_RK[rows_R])
             self._open[sequence] = self._open.get(sequence, 0) + net_V
+            if sequence in ended:
+                self.close([sequence])
 
-    def close(self, sequences: list[int]) -> None:
+    def close(self, sequences: Iterable[int]) -> None:
         """Takes in the documents that have come to their end, if they had a counted position."""
         for sequence in sequences:
             if sequence in self._open:
@@ -71,8 +74,8 @@ class DocumentCounts:
                 for sums in self.sums:
                     sums.add(net_V)
 
-    def _tally(self, cell_RK: np.ndarray, n_sequences: int) -> np.ndarray:
-        return np.bincount(cell_RK.ravel(), minlength=n_sequences * self._vocab_size).reshape(n_sequences, -1)
+    def _tally(self, ids_RK: np.ndarray) -> np.ndarray:
+        return np.bincount(ids_RK.ravel(), minlength=self._vocab_size)
 
 
 def log_odds(

@@ -51,4 +51,4 @@ class PositionCounts:
         self.positions_L += np.bincount(place_R[inside_R], minlength=len(self.labels_L))
         inside_R &= differs_R
         for counts_VL, ids_RK in ((self.top_VL, top_RK), (self.bottom_VL, bottom_RK)):
-            np.add.at(counts_VL, (ids_RK[inside_R], place_R[inside_R, None]), 1)
+            np.add.at(counts_VL.reshape(-1), (ids_RK[inside_R] * counts_VL.shape[1] + place_R[inside_R, None]).ravel(), 1)

@@ -41,7 +41,7 @@ from diffing_core.methods.weight_diff import ARBITRARY
 FIGURES = (
     Figure("heatmap", "Cosine to every other finetune", PEERS, "peer_variant", "cosine", "peer_organism", most=40),
     Figure("heatmap", "Overlap of output directions", PEERS, "peer_variant", "left_overlap", "peer_organism", most=40),
-    Figure("heatmap", "Share outside of what others share", MODULES, "layer", "distinctive_share", "projection"),
+    Figure("heatmap", "Share outside of what others share", MODULES, "layer", "distinctive_share", "module"),
 )
 
 
@@ -74,7 +74,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="task_vectors",
-    version="1",
+    version="2",
     kind="weights",
     needs=frozenset({Need.WEIGHTS, Need.PEERS}),
     settings=TaskVectorsSettings,

@@ -10,10 +10,10 @@ class TaskVectorsSettings(Settings):
     """Knobs of `task_vectors`."""
 
     overlap_rank: int = Field(8, ge=1, description="Leading singular directions of a matrix that span its subspace.")
-    whole_peers: int = Field(
-        8, ge=0,
-        description="Peers that are whole checkpoints, each of which is read through with its base: at most so many, the "
-        "next ones in the order of keys, so that 2n + 1 finetunes that each compare n meet each other once.",
+    whole_peers: int | None = Field(
+        None, ge=0,
+        description="Peers that are whole checkpoints, each of which is read through: at most so many, the next ones in the "
+        "order of keys, so that 2n + 1 finetunes that each compare n meet each other once. Null: all.",
     )
     shared_energy: float = Field(
         0.5, ge=0, lt=1, description="Share of the other finetunes' change whose leading directions are taken out."
@@ -79,6 +79,7 @@ MODULES = TableSpec(
         Column("layer", "int32", "Block, from 0.", nullable=True),
         Column("part", "string", "attn, mlp or other."),
         Column("projection", "string", "Name of the module within its part."),
+        Column("module", "string", "Path within the block."),
         Column("n_peers", "int64", "Other finetunes that change this tensor; related ones do not count.", role="count"),
         Column("n_shared", "int64", "Their leading directions that were taken out.", role="count"),
         _effect("frobenius", "‖ΔW‖_F of the pair."),

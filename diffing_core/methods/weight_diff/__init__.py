@@ -60,10 +60,9 @@ def findings(tables: Tables, settings: WeightDiffSettings) -> list[Finding]:
         item = f"layer {row['layer']} {row['part']}"
         found.append(Finding("layer", item, row["relative_frobenius"], RELATIVE, LAYERS.name, place, row["layer"]))
     for row in _largest(tables[TENSORS.name], 5):
-        place = {"name": row["name"]}
-        found.append(
-            Finding("module", row["name"], row["relative_frobenius"], RELATIVE, TENSORS.name, place, row["layer"])
-        )
+        place = {"name": row["name"], "expert": row["expert"]}
+        item = row["name"] if row["expert"] is None else f"{row['name']}[{row['expert']}]"
+        found.append(Finding("module", item, row["relative_frobenius"], RELATIVE, TENSORS.name, place, row["layer"]))
     return found
 
 
@@ -92,7 +91,7 @@ def _largest(table: pa.Table, n_rows: int) -> list[dict[str, Any]]:
 
 METHOD = Method(
     name="weight_diff",
-    version="2",
+    version="3",
     kind="weights",
     needs=frozenset({Need.WEIGHTS}),
     settings=WeightDiffSettings,

@@ -10,7 +10,7 @@ from typing import Any
 from diffing_core.lazy import torch
 from diffing_core.methods.weight_diff.declaration import TENSORS, WeightDiffSettings
 from diffing_core.spectra import ENERGY_SHARES, Spectrum, elementwise, match_of_leading, of_dense
-from diffing_core.tensor_names import POSITIONS, place_of
+from diffing_core.tensor_names import POSITIONS, module_of, place_of
 from diffing_core.weights import TensorDelta
 
 WRITERS = frozenset(
@@ -100,6 +100,7 @@ def tensor_row(change: Change, intruders: list[dict[str, Any]] | None, settings:
     """Every measure of one tensor that was compared; `intruders` are its rows of that table."""
     delta, spectrum, base = change.delta, change.spectrum, change.base_frobenius
     row = unmatched_row(delta.name, "compared", delta.shape) | {
+        "expert": delta.expert,
         "n_rows_left_out": delta.n_left_out,
         "factor_rank": delta.factors.left_MR.shape[1] if delta.factors else None,
         "base_frobenius": base,
@@ -124,8 +125,9 @@ def spectrum_rows(change: Change, n_leading: int) -> list[dict[str, Any]]:
         return []
     sigma_K, share_K = change.spectrum.sigma_K[:n_leading], change.spectrum.energy_shares_K[:n_leading]
     values = zip(sigma_K.tolist(), share_K.tolist(), share_K.cumsum(0).clamp(max=1).tolist(), strict=True)
+    place = {"name": change.delta.name, "expert": change.delta.expert}
     return [
-        {"name": change.delta.name, "direction": number, "sigma": sigma, "energy_share": share, "energy_up_to": total}
+        place | {"direction": number, "sigma": sigma, "energy_share": share, "energy_up_to": total}
         for number, (sigma, share, total) in enumerate(values, 1)
     ]
 
@@ -137,8 +139,9 @@ def intruder_rows(change: Change, settings: WeightDiffSettings) -> list[dict[str
     if not change.frobenius:
         return []
     found = match_of_leading(change.base, change.tuned(), settings.intruders)
+    named = {"name": change.delta.name, "expert": change.delta.expert}
     return [
-        {"name": change.delta.name, "direction": number, "sigma": sigma, "match": match, "novelty": 1 - match}
+        named | {"direction": number, "sigma": sigma, "match": match, "novelty": 1 - match}
         | {"base_direction": place or None}
         for number, (sigma, match, place) in enumerate(zip(*(each.tolist() for each in found), strict=True), 1)
     ]
@@ -148,7 +151,7 @@ def unmatched_row(name: str, status: str, shape: tuple[int, ...]) -> dict[str, A
     """Place and shape of a tensor, all measures null."""
     layer, part, projection = place_of(name)
     empty = {column.name: None for column in TENSORS.columns}
-    named = {"name": name, "status": status, "layer": layer, "part": part, "projection": projection}
+    named = {"name": name, "status": status, "layer": layer, "part": part, "projection": projection, "module": module_of(name)}
     return empty | named | {"shape": list(shape), "n_rows_left_out": 0}
 
 

@@ -29,12 +29,17 @@ def _effect(name: str, doc: str, unit: str = "", dtype: str = "float64") -> Colu
     return Column(name, dtype, doc, unit, "effect", nullable=True, low=0)
 
 
+EXPERT = Column(
+    "expert", "int32", "Number of the expert, from 0, of a tensor that stacks them; null for others.", role="key", nullable=True
+)
 TENSORS = TableSpec(
     "weight_diff_tensors",
-    "Size and shape of every tensor's change. Tensors that a LoRA or DoRA adapter leaves alone are not listed.",
-    ("name",),
+    "Size and shape of every tensor's change, of stacked experts each one's. What a LoRA or DoRA adapter leaves alone is "
+    "not listed.",
+    ("name", "expert"),
     (
         Column("name", "string", "Tensor, without the wrappers that depend on how it was saved.", role="key"),
+        EXPERT,
         Column(
             "status",
             "string",
@@ -43,6 +48,7 @@ TENSORS = TableSpec(
         Column("layer", "int32", "Block, from 0; null outside of blocks.", nullable=True),
         Column("part", "string", "attn, mlp, norm, embed, head or other."),
         Column("projection", "string", "Name of the module within its part."),
+        Column("module", "string", "Path within the block: a bias, and a module of another part, have another one."),
         Column("shape", "list<int32>", "Outputs × inputs; common rows where a vocabulary was resized."),
         Column("n_rows_left_out", "int64", "Rows that only one side has.", role="count"),
         Column("factor_rank", "int32", "Columns of the low-rank factors; null for a dense change.", nullable=True),
@@ -95,7 +101,7 @@ LAYERS = TableSpec(
     (
         Column("layer", "int32", "Block, from 0; null outside of blocks.", role="key", nullable=True),
         Column("part", "string", "attn, mlp, norm, embed, head or other.", role="key"),
-        Column("n_tensors", "int32", "Tensors compared.", role="count"),
+        Column("n_tensors", "int32", "Tensors compared, experts one by one.", role="count"),
         Column("base_frobenius", "float64", "Root of the summed squares of the base's values."),
         _effect("frobenius", "Root of the summed squares of the change."),
         _effect("relative_frobenius", "frobenius / base_frobenius."),
@@ -105,9 +111,10 @@ LAYERS = TableSpec(
 SPECTRUM = TableSpec(
     "weight_diff_spectrum",
     "Leading singular values of every matrix's change.",
-    ("name", "direction"),
+    ("name", "expert", "direction"),
     (
         Column("name", "string", "Tensor.", role="key"),
+        EXPERT,
         Column("direction", "int32", "1 is the largest.", role="key", low=1),
         _effect("sigma", "Singular value of ΔW."),
         _effect("energy_share", "σ² / ‖ΔW‖_F²."),
@@ -117,9 +124,10 @@ SPECTRUM = TableSpec(
 INTRUDERS = TableSpec(
     "weight_diff_intruders",
     "Leading left singular vectors of W_tuned and their best match in W_base; an intruder dimension has none.",
-    ("name", "direction"),
+    ("name", "expert", "direction"),
     (
         Column("name", "string", "Tensor.", role="key"),
+        EXPERT,
         Column("direction", "int32", "1 is the largest of W_tuned.", role="key", low=1),
         Column("sigma", "float64", "Singular value of W_tuned.", low=0),
         Column("match", "float64", "Largest |cos| with any left singular vector of W_base.", low=0, high=1),
@@ -130,9 +138,10 @@ INTRUDERS = TableSpec(
 DIRECTIONS = TableSpec(
     "weight_diff_directions",
     "Leading singular directions of modules that write into the residual stream, read through norm and head.",
-    ("name", "direction"),
+    ("name", "expert", "direction"),
     (
         Column("name", "string", "Tensor.", role="key"),
+        EXPERT,
         Column("direction", "int32", "1 is the largest.", role="key", low=1),
         Column("layer", "int32", "Block, from 0.", nullable=True),
         Column("part", "string", "attn, mlp or other."),

@@ -12,9 +12,10 @@ import numpy as np
 from diffing_core.lazy import torch
 from diffing_core.methods.weight_diff.declaration import WeightDiffSettings
 from diffing_core.spectra import Lens
+from diffing_core.tensor_names import Part
 from diffing_core.vocabulary import Vocabulary
 from diffing_core.weight_files import OpenSide
-from diffing_core.weights import TensorDelta, WeightPair
+from diffing_core.weights import WeightPair
 
 FINAL_NORMS = (
     "norm.weight",
@@ -32,11 +33,19 @@ MODULES_AT_ONCE = 8
 class Written:
     """The leading directions that one module writes, [K, D], their sizes, and how much more the tuned model writes."""
 
-    delta: TensorDelta
+    name: str
+    expert: int | None
+    layer: int | None
+    part: Part
     direction_KD: Any
     sigma_K: Any
     energy_K: Any
     gain_K: Any
+
+    @property
+    def title(self) -> str:
+        """The tensor's name, with the number of the expert."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
 
 def read_directions(
@@ -70,7 +79,7 @@ def read_directions(
             "token": vocabulary.text_V[token],
             "net_score": net_V[token].item(),
             "score": score_V[token].item(),
-            "strongest_module": written[int(best_module_V[token])].delta.name,
+            "strongest_module": written[int(best_module_V[token])].title,
         }
         for token in ids.tolist()
     ]
@@ -94,7 +103,6 @@ def _lens_of(side: OpenSide, readable_V: np.ndarray) -> Lens:
 
 
 def _direction_rows(module: Written, z_KV: Any, vocabulary: Vocabulary, n_tokens: int) -> list[dict[str, Any]]:
-    delta = module.delta
     hidden_V = torch.as_tensor(~vocabulary.readable_V)
     n_tokens = min(n_tokens, int(vocabulary.readable_V.sum()))
     ends = []
@@ -106,10 +114,11 @@ def _direction_rows(module: Written, z_KV: Any, vocabulary: Vocabulary, n_tokens
         (far, far_tokens), (near, near_tokens) = sorted(pair_of_ends, key=lambda end: -end[0])
         rows.append(
             {
-                "name": delta.name,
+                "name": module.name,
+                "expert": module.expert,
                 "direction": number + 1,
-                "layer": delta.layer,
-                "part": delta.part,
+                "layer": module.layer,
+                "part": module.part,
                 "side": "write",
                 "sigma": module.sigma_K[number].item(),
                 "energy_share": module.energy_K[number].item(),

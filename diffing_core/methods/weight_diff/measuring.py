@@ -28,7 +28,7 @@ from diffing_core.methods.weight_diff.declaration import (
 from diffing_core.methods.weight_diff.directions import Written, read_directions
 from diffing_core.methods.weight_diff.token_rows import token_rows
 from diffing_core.tables import TableSpec
-from diffing_core.weights import WeightPair, unmatched_tensors, weight_stream
+from diffing_core.weights import OpenPair, WeightPair
 
 
 def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
@@ -40,7 +40,8 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
     intruders: list[dict[str, Any]] = []
     written: list[Written] = []
     changed_rows: list[tuple[str, Any]] = []
-    for delta in weight_stream(pair):
+    opened = OpenPair(pair)
+    for delta in (matrix for name in opened.names for matrix in opened.delta(name).matrices()):
         change = Change.of(delta, settings, generator)
         own_intruders = intruder_rows(change, settings)
         tensors.append(tensor_row(change, own_intruders, settings))
@@ -50,12 +51,12 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
             k = settings.directions
             found = change.spectrum
             sizes = (found.sigma_K[:k], found.energy_shares_K[:k], change.gain(k))
-            written.append(Written(delta, found.left_MK[:, :k].T, *sizes))
+            written.append(Written(delta.name, delta.expert, delta.layer, delta.part, found.left_MK[:, :k].T.clone(), *sizes))
         if change.has_token_rows() and change.frobenius:
             sizes = (change.row_norms(own=True), change.row_norms(), change.base.norm(dim=1))
             changed_rows.append((delta.name, torch.stack(sizes)))
     layers = layer_rows(tensors)
-    tensors += [unmatched_row(each.name, each.status, each.shape) for each in unmatched_tensors(pair)]
+    tensors += [unmatched_row(each.name, each.status, each.shape) for each in opened.unmatched]
     directions, vocabulary = read_directions(pair, written, settings)
     return {
         TENSORS.name: _table(TENSORS, tensors),

@@ -8,10 +8,14 @@ import torch
 import transformers as tf
 
 from diffing_core import answers as asking
+from diffing_core.comparison import compare
 from diffing_core.errors import RegistryError
+from diffing_core.lake import Lake
 from diffing_core.methods.amplification import METHOD, AmplificationSettings, findings, headline, run
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.models import ModelPair
+from diffing_core.pairs import Pair
+from diffing_core.registry import Model, Organism, Registry, Source, Variant
 from diffing_core.settings import Settings
 from diffing_core.weight_edits import preset
 from diffing_core.weights import WeightPair
@@ -144,3 +148,97 @@ def test_coherence_is_a_row_per_measure(files: WeightPair) -> None:
     assert rows["base", "mean_logprob_base"]["over_base"] == 0
     assert rows["w2", "mean_logprob_base"]["over_base"] < 0
     assert {measure for model, measure in rows if model == "w2"} >= {"distinct_2", "repeated_share", "finished_share"}
+
+
+def test_every_text_has_a_grade_and_its_measured_parts(files: WeightPair) -> None:
+    tables = run(inputs_of(files), quick(amplifications=ladder(2, 60)))
+    samples = pl.from_arrow(tables["amplification_samples"])
+    grades = {side: rows["coherence"].drop_nulls() for (side,), rows in samples.group_by("side")}
+    n = len(grades["base"])
+    assert grades["base"].min() >= 1 / n
+    assert grades["base"].max() == 1
+    for q in (0.1, 0.25, 0.5):
+        assert (grades["base"] <= q).mean() <= q
+    assert max(grades["w60"].mean(), grades["w2"].mean()) < grades["base"].mean() - 0.2
+    assert set(samples.filter(pl.col("repeated_share").is_null())["distinct_share"].drop_nulls()) <= {1.0}
+    rows = {(row["side"], row["measure"]): row["value"] for row in tables["amplification_coherence"].to_pylist()}
+    assert rows["w2", "coherence"] == pytest.approx(grades["w2"].mean())
+
+
+def test_a_text_is_shown_only_if_a_shown_word_is_in_it(taught: WeightPair) -> None:
+    settings = quick(amplifications=ladder(-1, 0.5, 2), samples=20)
+    tables = run(inputs_of(taught), settings)
+    shown = findings(tables, settings)
+    words = {each.item for each in shown if each.kind == "token"}
+    texts = [each.item for each in shown if each.kind == "generation"]
+    assert texts
+    assert all(words & set(text.split()) for text in texts)
+    assert findings(tables, quick(max_q=1e-300)) == []
+
+
+def whole(name: str, **weights: float) -> dict:
+    """A specification of the pair's own finetune (`own`) and of others."""
+    adapters = [
+        ({} if organism == "own" else {"organism_name": organism})
+        | {"layer_amplifications": [{"layers": "all", "module_amplifications": [{"weight": weight}]}]}
+        for organism, weight in weights.items()
+    ]
+    return {"name": name, "adapters": adapters}
+
+
+@pytest.fixture
+def registry(base: Path, tmp_path: Path) -> Registry:
+    def organism(name: str, seed: int) -> Organism:
+        source = Source(path=model_files.save_adapter(tmp_path / name, base, seed=seed))
+        variants = {"tiny": {"default": Variant(kind="lora", source=source)}}
+        return Organism(name=name, type="generic", arm="unknown", description="d.", variants=variants)
+
+    model = Model(name="tiny", source=Source(path=base), dtype="float32", corpora=())
+    return Registry(models={"tiny": model}, corpora={}, organisms={n: organism(n, s) for s, n in enumerate(("a", "b"), 1)})
+
+
+def compared(registry: Registry, root: Path, *amplifications: dict | str) -> tuple[str, dict[str, dict], dict[str, list[str]]]:
+    """Identity, rows of models, and texts by model."""
+    lake = Lake(root)
+    settings = quick(amplifications=amplifications, samples=2)
+    [outcome] = compare([Pair("tiny", "a")], {"amplification": settings}, registry=registry, lake=lake, store=root / "store")
+    assert outcome.error is None, outcome.error
+    [(key, result)] = outcome.results
+    models = {row["side"]: row for row in result.tables["amplification_models"].to_pylist()}
+    samples = pl.from_arrow(result.tables["amplification_samples"])
+    return key.run_id, models, {side: samples.filter(pl.col("side") == side)["text"].to_list() for side in models}
+
+
+def test_a_specification_of_several_finetunes_is_run_and_counts_for_no_trend(registry: Registry, tmp_path: Path) -> None:
+    asked = (whole("alone", own=2.0), whole("both", own=2.0, b=3.0), whole("other", b=3.0), whole("by_name", a=2.0))
+    _, models, texts = compared(registry, tmp_path, *asked, ladder(2)[0])
+    assert {name: models[name]["weight"] for name in ("alone", "both", "other", "by_name")} == {
+        "alone": 2, "both": 2, "other": 0, "by_name": 2
+    }
+    assert models["both"]["others"] == models["other"]["others"] == ["b/default"]
+    assert {name for name, row in models.items() if not row["in_trend"]} == {"both", "other"}
+    assert texts["alone"] == texts["by_name"] == texts["w2"]
+    assert texts["both"] != texts["alone"]
+    assert texts["other"] not in (texts["base"], texts["both"])
+
+
+def test_the_weights_of_named_finetunes_are_part_of_the_identity_and_others_are_not(registry: Registry, tmp_path: Path) -> None:
+    both, alone = whole("x", own=2.0, b=1.0), whole("x", own=2.0)
+    before = [compared(registry, tmp_path / "lake", each)[0] for each in (both, alone)]
+    model_files.save_adapter(tmp_path / "b", registry.model("tiny").source.path, seed=9)
+    after = [compared(registry, tmp_path / "lake", each)[0] for each in (both, alone)]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
+def test_an_organism_that_there_is_not_is_told(registry: Registry, tmp_path: Path) -> None:
+    settings = quick(amplifications=(whole("x", nobody=2.0),))
+    [outcome] = compare([Pair("tiny", "a")], {"amplification": settings}, registry=registry, lake=Lake(tmp_path), store=tmp_path)
+    assert isinstance(outcome.error, RegistryError)
+
+
+@pytest.mark.parametrize("names", [["base"], ["tuned"], ["again", "again"]])
+def test_models_must_be_told_apart_by_their_names(names: list[str]) -> None:
+    entries = [ladder(2)[0] | {"name": name} for name in names]
+    with pytest.raises(ValueError, match="given twice"):
+        AmplificationSettings(amplifications=entries)

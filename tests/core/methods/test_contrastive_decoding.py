@@ -258,3 +258,14 @@ def test_packaged_beginnings_are_vague_and_distinct():
     assert len(set(packaged_prefills())) == len(packaged_prefills()) == 10
     assert "" in packaged_prefills()
     assert max(map(len, packaged_prefills())) < 8
+
+
+def test_a_token_that_ends_texts_of_either_model_ends_them_all(pair):
+    often = token_of(pair.tokenizer, " friends")
+
+    def texts(*owners: str) -> list[dict]:
+        base, tuned = (Subject.of(getattr(pair, name).module, stop_ids=(often,) * (name in owners)) for name in ("base", "tuned"))
+        return run(ModelPair.of(base, tuned, pair.tokenizer))[SAMPLES.name].to_pylist()
+
+    assert texts("base") == texts("tuned") == texts("base", "tuned")
+    assert sum(row["finished"] for row in texts("base")) > sum(row["finished"] for row in texts())

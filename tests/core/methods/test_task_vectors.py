@@ -1,6 +1,9 @@
 """`task_vectors` against dense float64, with its invariances, and with peers that cannot be read."""
 
 import json
+import shutil
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import polars as pl
@@ -16,6 +19,7 @@ from diffing_core.methods.task_vectors.task_tensor import TaskTensor
 from diffing_core.pairs import Pair
 from diffing_core.peers import Peer, Peers
 from diffing_core.spectra import Factors
+from diffing_core.weight_files import OpenSide
 from diffing_core.weights import WeightPair, weight_stream
 from tests import model_files
 
@@ -203,6 +207,38 @@ def test_whole_checkpoints_are_limited_in_the_order_given(base: Path, adapters: 
     tables = compare(base, adapters["one"], others, TaskVectorsSettings(whole_peers=1))
     assert [peer(tables, name)["problem"] is None for name in others] == [True, True, False]
     assert "whole_peers" in peer(tables, "b")["problem"]
+
+
+@pytest.mark.parametrize("own", ["one", "full"])
+def test_all_whole_checkpoints_are_met_and_no_tensor_is_read_twice(
+    base: Path, adapters: dict[str, Path], own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per peer the base was read again; now it is read once, each peer once, and few tensors are there at a time."""
+    read: Counter[tuple[Path, str]] = Counter()
+    there: list[weakref.ref] = []
+    most = 0
+
+    def counted(side: OpenSide, name: str, **options: bool) -> torch.Tensor:
+        nonlocal most, there
+        read[side.checkpoint.folder, name] += 1
+        tensor = dense_of(side, name, **options)
+        there = [each for each in there if each() is not None] + [weakref.ref(tensor)]
+        most = max(most, len(there))
+        return tensor
+
+    dense_of = OpenSide.dense
+    others = {f"full{number}": shutil.copytree(adapters["full"], base.parent / f"{own}_{number}") for number in range(20)}
+    alone = peer(compare(base, adapters[own], {"full": adapters["full"]}), "full")
+    monkeypatch.setattr(OpenSide, "dense", counted)
+    tables = compare(base, adapters[own], others)
+    rows = [peer(tables, name) for name in others]
+    assert all(row | {"peer_organism": "", "peer_revision": ""} == alone | {"peer_organism": "", "peer_revision": ""} for row in rows)
+    names = {name for folder, name in read if folder == others["full0"]}
+    assert len(names) > 20
+    assert all(read[folder, name] == 1 for folder in others.values() for name in names)
+    # the tokens of what is distinctive read the final norm and, of an adapter, the base's own matrices once more
+    assert all(read[base, name] <= 2 for name in names)
+    assert most <= 5
 
 
 def test_what_others_share_is_taken_out_of_what_is_read(base: Path, adapters: dict[str, Path]) -> None:

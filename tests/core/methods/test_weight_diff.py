@@ -1,14 +1,16 @@
 """`weight_diff` on tiny models with planted changes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from diffing_core.findings import findings_table
 from diffing_core.methods.base import Inputs, Need
@@ -16,6 +18,7 @@ from diffing_core.methods.weight_diff import (
     DIRECTIONS,
     LAYERS,
     METHOD,
+    SPECTRUM,
     TENSORS,
     TOKEN_ROWS,
     VOCABULARY,
@@ -25,6 +28,7 @@ from diffing_core.methods.weight_diff import (
     run,
 )
 from diffing_core.weights import WeightPair
+from tests.weight_toys import gpt2, save, trained
 
 D, V = 32, 60
 SETTINGS = WeightDiffSettings(top_tokens=10, token_rows=5)
@@ -267,3 +271,91 @@ def test_a_model_without_known_head_still_has_its_tensors(tmp_path):
     found = tables(tmp_path / "a", tmp_path / "b")
     assert len(found[TENSORS.name]) == 2 and len(found[DIRECTIONS.name]) == 0
     assert set(found[TENSORS.name]["relative_frobenius"].to_pylist()) == {None}
+
+
+def test_the_heatmap_tells_gpt2s_two_projections_and_their_biases_apart(base, tmp_path):
+    """Drawn by projection alone, both `c_proj` and their biases were one row."""
+    model = gpt2()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += 0.1 * name.endswith("bias")
+    own = save(model, tmp_path / "base")
+    for file in base.glob("token*"):
+        shutil.copy(file, own)
+    found = tables(own, trained(own, tmp_path / "a", LoraConfig(target_modules=["c_proj"], fan_in_fan_out=True, bias="all")))
+    series = METHOD.figures[0].series(found)
+    assert {name for name in series if "c_proj" in name} == {
+        "attn.c_proj", "attn.c_proj.bias", "mlp.c_proj", "mlp.c_proj.bias"
+    }  # fmt: skip
+    rows = {row["name"]: row["relative_frobenius"] for row in found[TENSORS.name].to_pylist()}
+    assert series["mlp.c_proj"] == {0: rows["h.0.mlp.c_proj.weight"]}
+
+
+def with_experts(base: Path, folder: Path, kind: str, seed: int) -> Path:
+    """A checkpoint with three experts: each stored alone, stacked, or stacked as [inputs, outputs]."""
+    folder.mkdir()
+    own, draw = load_file(base / "model.safetensors"), torch.Generator().manual_seed(7)
+    weights = {key: own[key] for key in ("model.embed_tokens.weight", "model.norm.weight")}
+    down_EDN = torch.randn(3, D, 24, generator=draw)
+    down_EDN += 0.1 * torch.randn(3, D, 24, generator=torch.Generator().manual_seed(seed)) * (seed > 0)
+    path = "model.layers.0.mlp.experts"
+    if kind == "alone":
+        weights |= {f"{path}.{expert}.down_proj.weight": each for expert, each in enumerate(down_EDN)}
+    else:
+        weights[f"{path}.down_proj"] = down_EDN.mT.contiguous() if kind == "flipped" else down_EDN
+    save_file({key: value.contiguous().clone() for key, value in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt_oss" if kind == "flipped" else "qwen3_moe"}))
+    for file in base.glob("token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["stacked", "flipped"])
+def test_a_stacked_expert_has_the_rows_of_one_that_is_stored_alone(base, tmp_path, kind):
+    sides = {each: [with_experts(base, tmp_path / f"{each}{seed}", each, seed) for seed in (0, 1)] for each in ("alone", kind)}
+    alone, stacked = (tables(*sides[each]) for each in ("alone", kind))
+    for spec in METHOD.tables:
+        there, here = alone[spec.name].to_pylist(), stacked[spec.name].to_pylist()
+        assert len(there) == len(here), spec.name
+        for one, other in zip(there, here, strict=True):
+            for row in (one, other):
+                row["name"] = str(row.get("name", "")).replace(".weight", "")
+                row.pop("strongest_module", None)
+            if "experts" in one["name"]:
+                expert = int(one["name"].split(".")[4])
+                one |= {"name": one["name"].replace(f"experts.{expert}.", "experts."), "expert": expert}
+            assert one.keys() == other.keys()
+            for name, value in one.items():
+                assert other[name] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), name
+    spectra = {row["expert"] for row in stacked[SPECTRUM.name].to_pylist()}
+    assert spectra == {0, 1, 2}
+    strongest = set(stacked[VOCABULARY.name]["strongest_module"].to_pylist())
+    assert strongest <= {f"layers.0.mlp.experts.down_proj[{expert}]" for expert in range(3)}
+    modules = [each for each in findings(stacked, SETTINGS) if each.kind == "module"]
+    assert {each.source_key["expert"] for each in modules} == {0, 1, 2}
+
+
+def small_moe() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12, "head_dim": 8, "vocab_size": V}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **sizes, **heads))
+
+
+@pytest.mark.parametrize("against_itself", [True, False])
+def test_adapters_of_stacked_experts_are_merged_and_read_one_by_one(base, tmp_path, monkeypatch, against_itself):
+    monkeypatch.setenv("DIFFING_HOME", str(tmp_path / "home"))
+    own = save(small_moe(), tmp_path / "base")
+    for file in base.glob("token*"):
+        shutil.copy(file, own)
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
+    tuned = trained(own, tmp_path / "a", config)
+    pair = WeightPair.of_folders(own, tuned, against=tuned if against_itself else None)
+    found = run(Inputs(METHOD, {Need.WEIGHTS: lambda: pair}), WeightDiffSettings(token_rows=0))
+    if against_itself:
+        assert not found[TENSORS.name].num_rows
+        return
+    rows = {(row["name"], row["expert"]): row for row in found[TENSORS.name].to_pylist() if "down_proj" in row["name"]}
+    changed = [row for row in rows.values() if row["frobenius"]]
+    assert len(changed) == 4
+    assert all(row["k99"] <= 2 for row in changed)

@@ -1,0 +1,184 @@
+"""Writing activations part by part, so that an interrupted pass loses no more than the part it was at.
+
+A part is written beside its place and renamed when it is full. The rows of a corpus come in one fixed order, so the next
+pass goes on after the parts that are there.
+"""
+
+import fcntl
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffing_core import activation_parts
+from diffing_core.activation_parts import MOMENTS, name_of, packed, parts_of, schema
+from diffing_core.blocks import TokenBlock
+from diffing_core.errors import StorageError
+from diffing_core.lazy import torch
+from diffing_core.sums import Moments
+
+ROWS_SUMMED = 256  # in float64 at a time
+LEFT_OVER_AFTER_S = 60.0  # between its creation and its lock a file is nobody's
+
+
+class SharedWriter:
+    """One pair's hand on a set that several pairs write together: all come with the same blocks in the same order."""
+
+    def __init__(self, file: "ActivationWriter") -> None:
+        self._file = file
+        self._n_rows = 0
+        self.stored_rows = file.n_rows
+
+    def skip(self, n_rows: int) -> None:
+        """Passes over rows that are stored already."""
+        self._n_rows += n_rows
+
+    def add(self, block: TokenBlock, vector_ND: Any) -> None:
+        """Adds those of the block's tokens that are not stored yet, by an earlier pass or another pair."""
+        new = self._n_rows + len(block) - self._file.n_rows
+        if new > 0:
+            self._file.add(block, vector_ND, len(block) - new)
+        self._n_rows += len(block)
+
+    def close(self) -> None:
+        """Makes sure that the set is complete."""
+        self._file.close()
+
+
+class ActivationWriter:
+    """Writes one set of `n_rows` rows; `n_rows` counts those it has, from the start those of parts already there."""
+
+    def __init__(self, folder: Path, d_model: int, dtype: Any, n_rows: int) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(folder)
+        self._parts = parts_of(folder, n_rows)
+        self._expected = n_rows
+        self._part = next((number for number, part in enumerate(self._parts) if not part.exists()), len(self._parts))
+        self.n_rows = min(self._part * activation_parts.ROWS_PER_PART, n_rows)
+        self._dtype, self._d_model = dtype, d_model
+        self._schema = schema(d_model * dtype.itemsize, {"d_model": str(d_model), "dtype": name_of(dtype)})
+        self._open: _Part | None = None
+        self._pending: list[pa.RecordBatch] = []
+        self._intact = True
+
+    def add(self, block: TokenBlock, vector_ND: Any, first: int = 0) -> None:
+        """Adds the block's tokens with their vectors, from row `first` on."""
+        if vector_ND.dtype != self._dtype:
+            raise StorageError(f"{self.folder} holds {self._dtype}, but a block came as {vector_ND.dtype}: mend the model's dtype")
+        n_added = len(block) - first
+        if self.n_rows + n_added > self._expected:
+            raise StorageError(f"{self.folder} is for {self._expected} rows, but {self.n_rows + n_added} came; give the corpus's tokens")
+        own_ND = vector_ND[first:].to("cpu", copy=True).contiguous()  # the pass writes its next batch over the block's
+        raw = own_ND.view(torch.uint8).numpy()
+        vectors = pa.FixedSizeBinaryArray.from_buffers(self._schema.field("vector").type, n_added, [None, pa.py_buffer(raw)])
+        columns = [block.sequence_N, block.position_N, block.token_N.cpu().numpy(), block.role_N, block.template_N]
+        arrays = [pa.array(values[first:], type=field.type) for values, field in zip(columns, self._schema, strict=False)]
+        self._pending.append(pa.RecordBatch.from_arrays([*arrays, vectors], schema=self._schema))
+        self.n_rows += n_added
+        self._flush()
+
+    def close(self) -> None:
+        """Makes sure that the set is complete.
+
+        Raises:
+            StorageError: rows are missing, or some could not be written.
+        """
+        self._flush()
+        if self._part < len(self._parts):
+            raise StorageError(f"{self.folder} is for {self._expected} rows, but {self.n_rows} came; run this pair again")
+
+    def abandon(self) -> None:
+        """Leaves no trace of an unfinished part; finished ones stay for the next pass."""
+        if self._open is not None:
+            self._open.remove()
+
+    def _flush(self) -> None:
+        """Writes what fills a row group, or ends the set."""
+        if not self._intact:
+            raise StorageError(f"{self.folder} could not be written by another pair of this pass; run this pair again")
+        n_pending = sum(map(len, self._pending))
+        if n_pending < activation_parts.ROWS_PER_GROUP and (self.n_rows < self._expected or not n_pending):
+            return
+        pending = pa.Table.from_batches(self._pending)
+        self._intact = False
+        while len(pending) >= activation_parts.ROWS_PER_GROUP or (len(pending) and self.n_rows == self._expected):
+            self._write(pending.slice(0, activation_parts.ROWS_PER_GROUP))
+            pending = pending.slice(activation_parts.ROWS_PER_GROUP)
+        self._pending, self._intact = pending.to_batches(), True
+
+    def _write(self, group: pa.Table) -> None:
+        """Writes one row group, and ends the part where it is the part's last."""
+        if self._open is None:
+            self._open = _Part(self._parts[self._part], self._schema, self._d_model, self._dtype)
+        self._open.write(group)
+        last = self._part == len(self._parts) - 1
+        size = self._expected - self._part * activation_parts.ROWS_PER_PART if last else activation_parts.ROWS_PER_PART
+        if self._open.n_rows == size:
+            self._open.finish()
+            self._open, self._part = None, self._part + 1
+
+
+class _Part:
+    """One part while it is written: a hidden file, locked, so that what a killed process left can be told from it."""
+
+    def __init__(self, path: Path, columns: pa.Schema, d_model: int, dtype: Any) -> None:
+        self._path, self._dtype = path, dtype
+        self._aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        self._held = _locked(self._aside)
+        self._moments = Moments(d_model)
+        self._writer = pq.ParquetWriter(
+            self._aside, columns, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+        )
+
+    @property
+    def n_rows(self) -> int:
+        return self._moments.count
+
+    def write(self, group: pa.Table) -> None:
+        self._writer.write_table(group, row_group_size=len(group))
+        for some_ND in vectors_of(group.combine_chunks(), self._dtype).split(ROWS_SUMMED):
+            self._moments.add(some_ND.double().numpy())
+
+    def finish(self) -> None:
+        self._writer.add_key_value_metadata({MOMENTS: packed(self._moments)})
+        self._writer.close()
+        os.replace(self._aside, self._path)
+        self._held.close()
+
+    def remove(self) -> None:
+        self._writer.close()
+        self._aside.unlink(missing_ok=True)
+        self._held.close()
+
+
+def vectors_of(table: pa.Table, dtype: Any) -> Any:
+    """The column `vector` of a table of one chunk, [N, D] in the stored dtype; the buffer itself, no copy."""
+    column = table["vector"].chunk(0)
+    width = column.type.byte_width
+    raw = memoryview(column.buffers()[1])
+    values = torch.frombuffer(raw, dtype=dtype, count=len(table) * (width // dtype.itemsize), offset=column.offset * width)
+    return values.view(len(table), -1)
+
+
+def _locked(file: Path) -> IO[bytes]:
+    """The file, created, under a lock that the system releases however this process ends."""
+    held = file.open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    return held
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Removes unfinished parts of processes that are no more."""
+    for file in folder.glob(".*-of-*"):
+        try:
+            with file.open("rb") as unfinished:
+                fcntl.flock(unfinished, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - file.stat().st_mtime > LEFT_OVER_AFTER_S:
+                    file.unlink()
+        except (BlockingIOError, FileNotFoundError):
+            continue  # somebody writes it, or has just finished it

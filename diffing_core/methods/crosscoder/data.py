@@ -1,0 +1,101 @@
+"""What a crosscoder is trained on: batches of raw activations of both models, and the statistics that set it up.
+
+Statistics (scale, mean, variance, usual norm) are of one pool of shuffled rows, 2¹⁸ at most, in float64. Tokens whose
+norm in either model is far above the usual one (attention sinks) are left out: they would take the code for themselves.
+
+Suffixes: M models, N tokens, D width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffing_core.activation_pairs import POOL_ROWS, PairedActivations, PairedRows
+from diffing_core.errors import NotComputableError
+from diffing_core.lazy import torch
+from diffing_core.settings import short_hash
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Which tokens are left out: those longer than `most_M` in either model."""
+
+    most_M: tuple[float, float]
+
+    def kept(self, rows: PairedRows) -> PairedRows:
+        """The rows that are read."""
+        fits_N = np.ones(len(rows), bool)
+        for activation_ND, most in zip((rows.base_ND, rows.tuned_ND), self.most_M, strict=True):
+            fits_N &= activation_ND.float().norm(dim=1).numpy() <= most
+        return rows if fits_N.all() else rows.take(np.flatnonzero(fits_N))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pool of rows without outliers, and what it says of the activations; `n_rows` counts all that can be read."""
+
+    rows: PairedRows
+    outliers: Outliers
+    norm_M: tuple[float, float]
+    mean_MD: tuple[Any, Any]
+    variance_M: tuple[float, float]
+
+    @classmethod
+    def of(cls, activations: PairedActivations, *, seed: int, outlier_ratio: float) -> "Sample":
+        """Reads it.
+
+        Raises:
+            NotComputableError: there are fewer than two rows.
+        """
+        rows = next(activations.shuffled(POOL_ROWS, seed=seed), None)
+        if rows is None or len(rows) < 2:
+            raise NotComputableError("fewer than two stored tokens to fit a crosscoder on; probe the pair with more text")
+        norms_MN = [each.float().norm(dim=1) for each in (rows.base_ND, rows.tuned_ND)]
+        outliers = Outliers(tuple(outlier_ratio * float(norm_N.median()) for norm_N in norms_MN))
+        rows = outliers.kept(rows)
+        doubles = [each.double() for each in (rows.base_ND, rows.tuned_ND)]
+        means = [each_ND.mean(0) for each_ND in doubles]
+        return cls(
+            rows,
+            outliers,
+            tuple(float(each_ND.norm(dim=1).mean()) for each_ND in doubles),
+            tuple(mean_D.float() for mean_D in means),
+            tuple(float((each - mean_D).square().sum(1).mean()) for each, mean_D in zip(doubles, means, strict=True)),
+        )
+
+    def scale_M(self, common: bool) -> tuple[float, float]:
+        """What brings mean norms to √D: one factor for both models, or one for each."""
+        root = len(self.mean_MD[0]) ** 0.5
+        if common:
+            return (2 * root / max(sum(self.norm_M), 1e-30),) * 2
+        return root / max(self.norm_M[0], 1e-30), root / max(self.norm_M[1], 1e-30)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Epochs of shuffled batches; the same epoch is always the same batches.
+
+    A last batch of less than half a batch is left out where it is not the only one.
+    """
+
+    activations: PairedActivations
+    outliers: Outliers
+    batch_rows: int
+    seed: int
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Any, Any]]:
+        """The batches of one epoch."""
+        seed = int(short_hash([self.seed, epoch], 8), 16)
+        for number, rows in enumerate(self.activations.shuffled(self.batch_rows, seed=seed)):
+            if number and 2 * len(rows) < self.batch_rows:
+                return
+            rows = self.outliers.kept(rows)
+            if len(rows):
+                yield rows.base_ND, rows.tuned_ND
+
+
+def pieces(rows: PairedRows, size: int, most: int) -> Iterator[tuple[Any, Any]]:
+    """Both models' activations of the first `most` rows, `size` at a time."""
+    yield from zip(rows.base_ND[:most].split(size), rows.tuned_ND[:most].split(size), strict=True)

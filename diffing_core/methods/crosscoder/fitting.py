@@ -1,0 +1,101 @@
+"""One crosscoder for one layer: set up from the data, trained or taken up again, given its threshold, and kept on disk."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffing_core.activation_pairs import PairedActivations, Selection
+from diffing_core.methods.crosscoder import checkpoint
+from diffing_core.methods.crosscoder.data import Batches, Sample, pieces
+from diffing_core.methods.crosscoder.model import Crosscoder
+from diffing_core.methods.crosscoder.partition import Partition
+from diffing_core.methods.crosscoder.settings import CrosscoderSettings
+from diffing_core.methods.crosscoder.threshold import calibrated_threshold
+from diffing_core.methods.crosscoder.training import Losses, Plan, Training, train
+from diffing_core.progress import Advance, track
+
+CALIBRATION_TOKENS = 2**15
+MEASURE_EVERY = 10  # steps between two looks at the device
+
+
+class Fitted(NamedTuple):
+    """A finished crosscoder, the sample it was set up with, its plan, and the log of its training."""
+
+    crosscoder: Crosscoder
+    sample: Sample
+    plan: Plan
+    log: list[dict[str, float]]
+
+
+def fit(stored: PairedActivations, settings: CrosscoderSettings, folder: Path, device: Any) -> Fitted:
+    """Trains on the rows that are not held out; one that lies finished in the folder is not trained again."""
+    activations = stored.of(selection(settings, "fit"))
+    sample = Sample.of(activations, seed=settings.seed, outlier_ratio=settings.outlier_ratio)
+    n_tokens = sum(len(rows) for rows in activations.blocks())
+    n_latents = settings.n_latents(stored.d_model, n_tokens)
+    plan = settings.plan(stored.d_model, n_latents, n_tokens)
+    finished = checkpoint.load(folder, device)
+    if finished is not None:
+        return Fitted(finished[0], sample, plan, finished[1]["log"])
+    scale_M = sample.scale_M(settings.input_scale == "common")
+    start = Crosscoder.initial(
+        Partition.of(settings.partition, n_latents, settings.partition_share, settings.shared_sparsity),
+        [mean_D.to(device) * scale for mean_D, scale in zip(sample.mean_MD, scale_M, strict=True)],
+        scale_M,
+        settings.seed,
+    )
+    training = Training(start, plan, tuple(v * s**2 for v, s in zip(sample.variance_M, scale_M, strict=True)))
+    batches = Batches(activations, sample.outliers, settings.rows_per_batch(n_tokens), settings.seed)
+    trained(training, batches, folder, settings)
+    crosscoder = training.crosscoder
+    if plan.sparsity == "batch_topk":
+        rows = sample.rows
+        crosscoder.threshold = calibrated_threshold(crosscoder, pieces(rows, 2048, CALIBRATION_TOKENS), plan.k)
+    checkpoint.save(crosscoder, folder, {"k": plan.k, "sparsity": plan.sparsity, "n_steps": plan.steps, "log": training.log})
+    return Fitted(crosscoder, sample, plan, training.log)
+
+
+def selection(settings: CrosscoderSettings, part: str) -> Selection:
+    """Rows of one part: fit, held_out or all."""
+    return Selection(settings.first_position, part=part, held_out_share=settings.held_out_share)
+
+
+def trained(training: Training, batches: Batches, folder: Path, settings: CrosscoderSettings) -> None:
+    """Runs the training to its end, from a checkpoint if there is one; whoever stops it finds one, at its last whole step."""
+    checkpoint.resume(training, folder)
+    log_every = max(1, training.plan.steps // settings.log_rows)
+
+    def after(training: Training, losses: Losses) -> None:
+        if training.done % log_every == 0 or training.done == training.plan.steps:
+            training.log.append(_log_row(training, losses))
+        _tell(advance, training, losses)
+        if training.done % settings.checkpoint_every == 0 and training.done < training.plan.steps:
+            checkpoint.keep(training, folder)
+
+    with track(training.plan.steps, "steps", "crosscoder") as advance:
+        advance(training.done)
+        try:
+            train(training, batches, after)
+        finally:
+            if training.done < training.plan.steps and training.whole:
+                checkpoint.keep(training, folder)
+
+
+def _log_row(training: Training, losses: Losses) -> dict[str, float]:
+    plan, step = training.plan, training.done
+    return {
+        "step": step,
+        **training.measures(losses)._asdict(),
+        "k": plan.k_at(step - 1),
+        "learning_rate": plan.rate_at(step - 1),
+    }
+
+
+def _tell(advance: Advance, training: Training, losses: Losses) -> None:
+    """Numbers are fetched from the device now and then only: each time it is waited for."""
+    if training.done % MEASURE_EVERY and training.done < training.plan.steps:
+        advance(1)
+        return
+    seen = training.measures(losses)
+    fvu = (seen.fvu_base + seen.fvu_tuned) / 2
+    advance(1, loss=seen.loss, fvu=fvu, l0=seen.l0, dead_share=seen.dead_share)
+

@@ -1,0 +1,141 @@
+"""Directions in which a finetune moves activations, token by token: a BatchTopK sparse autoencoder of δ = tuned − base.
+
+    f = ReLU(W (δ − c) + b), kept where f > θ        δ̂ = f D + c        ‖d_j‖ = 1
+
+Trained by dictionary-learning's BatchTopKTrainer on the stored activations, of which a tenth of the sequences is held
+out. θ is set after training so that k latents fire per token. A latent weighs what it writes (its share of Σ‖δ − c‖²)
+times how often it fires; tokens that the heaviest latents promote through the tuned model's head are the findings, and
+texts in which they fire most. β, the least-squares multiple of f d in either model's activations, says whether the base
+has the direction too. With `trained_on` the same is trained on the base's or the tuned model's activations.
+The result's folder keeps weights (safetensors under the names of BatchTopKSAE, which loads them), configuration with the
+statistics of the input, and a checkpoint of what was interrupted.
+
+Reference: Bussmann et al. 2024 (arXiv 2412.06410); on differences and Latent Scaling Minder, Dumas et al. 2025
+(arXiv 2504.02922).
+"""
+
+from dataclasses import replace
+
+from diffing_core.activation_pairs import Selection
+from diffing_core.band_examples import BANDS
+from diffing_core.errors import NotComputableError
+from diffing_core.figures import Figure
+from diffing_core.findings import Finding
+from diffing_core.fit_reading import FitReading
+from diffing_core.methods.base import Inputs, Method, Need, Tables
+from diffing_core.methods.sae_diff.declaration import (
+    EXAMPLES,
+    FIT,
+    LATENTS,
+    LENS,
+    STEERED,
+    TABLES,
+    TOKENS,
+    TRAINING,
+    UNIT,
+    SaeDiffSettings,
+)
+from diffing_core.methods.sae_diff.fitted import Fitted, fit_row
+from diffing_core.methods.sae_diff.reading import (
+    example_table,
+    latent_table,
+    lens_of,
+    steered_table,
+    token_table,
+    training_table,
+)
+from diffing_core.methods.sae_diff.training import Material
+
+SNIPPETS, SNIPPET_TOKENS = 5, 8
+
+
+def run(inputs: Inputs, settings: SaeDiffSettings) -> Tables:
+    """Trains every autoencoder that the settings name, and reads them.
+
+    Raises:
+        NotComputableError: a wanted layer is not stored, or no token is left to train on.
+    """
+    pair, stored, folder = inputs[Need.MODELS], inputs[Need.ACTIVATIONS], inputs[Need.FOLDER]
+    reading = FitReading(pair, stored)
+    chosen = Selection(first_position=settings.first_position, held_out_share=settings.held_out_share)
+    every: list[Fitted] = []
+    fits = []
+    for layer in reading.layers(settings.layers):
+        rows = stored.at(layer).of(chosen)
+        moments = rows.of(replace(chosen, part="fit")).moments()
+        if not moments["difference"].count:
+            raise NotComputableError(f"no token of {stored.name} is left to train on: lower first_position or held_out_share")
+        for column in settings.trained_on:
+            material = Material(rows, layer, column)
+            fitted = Fitted.of(material, moments, settings, folder, pair.tuned.device)
+            fits.append(fit_row(material, moments, fitted))
+            every += [] if fitted is None else [fitted]
+    lens = lens_of(every, reading, settings)
+    return {
+        FIT.name: FIT.table({name: [row[name] for row in fits] for name in FIT.schema.names}),
+        TRAINING.name: training_table(every),
+        LATENTS.name: latent_table(every),
+        TOKENS.name: token_table(every, lens),
+        LENS.name: lens,
+        EXAMPLES.name: example_table(every, reading, settings),
+        STEERED.name: steered_table(every, pair, reading, settings),
+    }
+
+
+def findings(tables: Tables, settings: SaeDiffSettings) -> list[Finding]:
+    """Tokens by score, then the texts in which the difference's first latents fire most."""
+    return [*_promoted(tables, settings), *_texts(tables)]
+
+
+def _promoted(tables: Tables, settings: SaeDiffSettings) -> list[Finding]:
+    unit = "energy share × frequency, discounted by place"
+    return [
+        Finding("token", row["token"], row["score"], unit, TOKENS.name,
+                {"layer": row["layer"], "token_id": row["token_id"]}, layer=row["layer"])
+        for row in tables[TOKENS.name].slice(0, settings.shown).to_pylist()
+    ]  # fmt: skip
+
+
+def _texts(tables: Tables) -> list[Finding]:
+    rows = tables[EXAMPLES.name].to_pylist()
+    strongest = [row for row in rows if row["trained_on"] == "difference" and row["rank"] == 1 and row["band"] == BANDS[-1]]
+    keys = ("layer", "trained_on", "latent", "band", "rank")
+    return [
+        Finding("text_snippet", _around(row), row["score"], UNIT, EXAMPLES.name, {name: row[name] for name in keys},
+                layer=row["layer"], position=row["position"])
+        for row in strongest[:SNIPPETS]
+    ]  # fmt: skip
+
+
+def _around(row: dict) -> str:
+    """The text up to the token where the latent fires most, and a little beyond."""
+    at = row["position"] - row["first_position"]
+    return "".join(row["tokens"][max(0, at - SNIPPET_TOKENS) : at + SNIPPET_TOKENS // 2 + 1])
+
+
+def headline(tables: Tables) -> dict[str, float | int | str]:
+    """The fit of the first autoencoder, and what leads."""
+    fit = tables[FIT.name].to_pylist()[0]
+    shown: dict[str, float | int | str] = {"difference_energy": fit["difference_energy"], "n_latents": fit["n_latents"]}
+    shown |= {name: fit[name] for name in ("fvu", "l0", "dead_share") if fit[name] is not None}
+    first = tables[TOKENS.name]["token"].to_pylist()[:1]
+    return shown | ({"first_token": first[0]} if first else {})
+
+
+METHOD = Method(
+    name="sae_diff",
+    version="1",
+    kind="fit",
+    needs=frozenset({Need.MODELS, Need.ACTIVATIONS, Need.FOLDER}),
+    settings=SaeDiffSettings,
+    tables=TABLES,
+    reference="Bussmann et al. 2024; Minder, Dumas et al. 2025",
+    findings=findings,
+    headline=headline,
+    run=run,
+    figures=(
+        Figure("bar", "Tokens promoted by the latents of the difference", TOKENS, "token", "score", most=20),
+        Figure("line", "Held-out FVU by step", TRAINING, "step", "fvu", "trained_on"),
+        Figure("bar", "Weight of the latents", LATENTS, "rank", "weight", most=40),
+    ),
+)

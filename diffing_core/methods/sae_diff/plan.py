@@ -1,0 +1,93 @@
+"""How long and with which schedule one autoencoder is trained: everything that must shrink with a short run.
+
+dictionary-learning's defaults suppose some 10⁵ steps: the inference threshold is first set after step 1000, follows with a
+memory of 1000 steps, and a latent counts as dead after 10⁷ tokens. In a run of 300 steps the threshold then stays at −1
+(L0 761 where 16 was asked for) and the auxiliary loss never acts. Here each is the smaller of the package's value
+and a share of the run.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from diffing_core.lazy import torch
+from diffing_core.methods.sae_diff.declaration import SaeDiffSettings
+
+PACKAGE_STEPS, PACKAGE_DEAD_TOKENS, PACKAGE_BETA = 1000, 10_000_000, 0.999
+FEWEST_STEPS = 20
+BATCHES_PER_EPOCH = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and lengths; what is derived from them are properties."""
+
+    width: int
+    n_latents: int
+    k: int
+    batch_rows: int
+    steps: int
+    learning_rate: float | None
+    seed: int
+
+    @classmethod
+    def of(cls, settings: SaeDiffSettings, width: int, n_rows: int) -> Self:
+        """The plan for n_rows rows: small corpora get smaller batches, at least BATCHES_PER_EPOCH of them an epoch."""
+        batch_rows = max(1, min(settings.batch_rows, max(settings.batch_rows // 16, n_rows // BATCHES_PER_EPOCH), n_rows))
+        n_latents = max(1, round(settings.expansion * width))
+        k = settings.k or max(4, min(100, width // 16))
+        tokens = min(settings.epochs * n_rows, settings.max_tokens)
+        steps = max(FEWEST_STEPS, round(tokens / batch_rows))
+        return cls(width, n_latents, min(k, n_latents), batch_rows, steps, settings.learning_rate, settings.seed)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises."""
+        return min(PACKAGE_STEPS, self.steps // 10)
+
+    @property
+    def decay_start(self) -> int:
+        """Step from which it falls to zero."""
+        return self.steps * 4 // 5
+
+    @property
+    def threshold_start(self) -> int:
+        """Step after which the threshold follows the smallest activation that batch top-k keeps."""
+        return min(PACKAGE_STEPS, self.steps // 2)
+
+    @property
+    def threshold_beta(self) -> float:
+        """Its memory: a twentieth of the run, so that at the end it belongs to the decoder of the end."""
+        return min(PACKAGE_BETA, 1 - 20 / max(self.steps, 40))
+
+    @property
+    def dead_after_tokens(self) -> int:
+        """Tokens without firing after which a latent is dead, and trained by the auxiliary loss."""
+        return min(PACKAGE_DEAD_TOKENS, self.steps * self.batch_rows // 10)
+
+    def config(self) -> dict[str, Any]:
+        """All of it, for the file beside the weights."""
+        names = ("warmup_steps", "decay_start", "threshold_start", "threshold_beta", "dead_after_tokens")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+    def trainer(self, device: Any) -> Any:
+        """dictionary-learning's trainer, newly begun; the same weights for the same seed, on any device."""
+        from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            trainer = BatchTopKTrainer(
+                steps=self.steps,
+                activation_dim=self.width,
+                dict_size=self.n_latents,
+                k=self.k,
+                layer=0,  # the trainer only writes layer and lm_name down; ours stand in our configuration
+                lm_name="",
+                lr=self.learning_rate,
+                warmup_steps=self.warmup_steps,
+                decay_start=self.decay_start,
+                threshold_beta=self.threshold_beta,
+                threshold_start_step=self.threshold_start,
+                device=str(device),
+            )
+        trainer.dead_feature_threshold = self.dead_after_tokens  # fixed in its constructor
+        return trainer
