@@ -137,11 +137,11 @@ EXAMPLES = bands_spec(
 PATTERNS = TableSpec(
     "itda_patterns",
     "Size of leading new atoms' coefficients along their source snippets.",
-    ("layer", "atom", "offset"),
+    ("layer", "atom", "place"),
     (
         LAYER,
         ATOM,
-        Column("offset", "int32", "Place relative to the atom's token.", role="key"),
+        Column("place", "int32", "Place relative to the atom's token.", role="key"),
         Column("label", "string", "Layer, rank and token of the atom."),
         Column("token", "string", "Token there. Untrusted."),
         Column("tuned", "float64", "Absolute coefficient in the tuned model's vector, which has length 1.", "share of ‖h‖", "effect"),
