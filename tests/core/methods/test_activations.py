@@ -220,9 +220,9 @@ def counted_forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sequences of each forward from now on."""
     run_before, seen = passes.capture_residuals, []
 
-    def counting(subject, batch, layers):
+    def counting(subject, batch, *rest):
         seen.append(batch.sequences)
-        return run_before(subject, batch, layers)
+        return run_before(subject, batch, *rest)
 
     monkeypatch.setattr(passes, "capture_residuals", counting)
     return seen
