@@ -41,12 +41,12 @@ union all
 select
     run_id, organism, model, variant, corpus, method, 1 as figure,
     'heatmap' as kind, 'New atoms along the texts that they are from' as title,
-    'offset' as x_title, 'tuned [share of ‖h‖]' as value_title,
+    'place' as x_title, 'tuned [share of ‖h‖]' as value_title,
     'label' as series_title, 12 as most, false as is_log,
-    offset::varchar as x, offset::double as x_number,
+    place::varchar as x, place::double as x_number,
     label::varchar as series, max(tuned)::double as value,
 from {{ source('raw', 'itda_patterns') }}
-where offset is not null and label is not null and tuned is not null and method = 'itda'
+where place is not null and label is not null and tuned is not null and method = 'itda'
 group by all
 
 union all
