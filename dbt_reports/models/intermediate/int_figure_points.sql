@@ -172,24 +172,24 @@ select
     run_id, organism, model, variant, corpus, method, 1 as figure,
     'line' as kind, 'Held-out FVU by step' as title,
     'step' as x_title, 'fvu' as value_title,
-    'trained_on' as series_title, 12 as most, false as is_log,
+    'target' as series_title, 12 as most, false as is_log,
     step::varchar as x, step::double as x_number,
-    trained_on::varchar as series, max(fvu)::double as value,
+    target::varchar as series, max(fvu)::double as value,
 from {{ source('raw', 'sae_diff_training') }}
-where step is not null and trained_on is not null and fvu is not null and method = 'sae_diff'
+where step is not null and target is not null and fvu is not null and method = 'sae_diff'
 group by all
 
 union all
 
 select
     run_id, organism, model, variant, corpus, method, 2 as figure,
-    'bar' as kind, 'Weight of the latents' as title,
-    'rank' as x_title, 'weight' as value_title,
+    'bar' as kind, 'Energy share of the latents' as title,
+    'rank' as x_title, 'energy_share' as value_title,
     '' as series_title, 40 as most, false as is_log,
     rank::varchar as x, rank::double as x_number,
-    ''::varchar as series, max(weight)::double as value,
+    ''::varchar as series, max(energy_share)::double as value,
 from {{ source('raw', 'sae_diff_latents') }}
-where rank is not null and weight is not null and method = 'sae_diff'
+where rank is not null and energy_share is not null and method = 'sae_diff'
 group by all
 
 union all
