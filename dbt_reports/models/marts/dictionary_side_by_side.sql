@@ -15,35 +15,9 @@ crosscoder_specific as (
     group by run_id, layer
 ),
 
--- what a latent adds to the difference, times how likely it makes the token
-crosscoder_tokens as (
-    select
-        tokens.run_id,
-        tokens.layer,
-        token_id,
-        token,
-        sum(difference_rms * probability) as weight,
-    from {{ ref('stg_crosscoder_tokens') }} as tokens
-    inner join {{ ref('stg_crosscoder_latents') }} as latents using (run_id, layer, latent)
-    where head = 'tuned' and direction = 'promoted'
-    group by tokens.run_id, tokens.layer, token_id, token
-),
-
-tokens as (
-    select run_id, layer, token_id, token, score as weight from {{ ref('stg_sae_diff_tokens') }}
-    union all
-    select run_id, layer, token_id, token, weight from crosscoder_tokens
-    union all
-    select run_id, layer, token_id, token, weight from {{ ref('stg_itda_tokens') }}
-),
-
-placed as (
-    select *, row_number() over (partition by run_id, layer order by weight desc, token_id) as place from tokens
-),
-
 top_tokens as (
     select run_id, layer, string_agg(trim(token), ' · ' order by place) as top_tokens
-    from placed
+    from {{ ref('int_dictionary_tokens') }}
     where place <= 10
     group by run_id, layer
 ),
