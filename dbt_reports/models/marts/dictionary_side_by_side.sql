@@ -5,7 +5,7 @@ current_runs as (select run_id from {{ ref('int_current_runs') }} where step = '
 sae_specific as (
     select run_id, layer, count(*) filter (beta_ratio < 0.2) as n_specific
     from {{ ref('stg_sae_diff_latents') }}
-    where trained_on = 'difference'
+    where target = 'difference'
     group by run_id, layer
 ),
 
@@ -32,7 +32,7 @@ itda_removed as (
 
 measured as (
     select
-        fits.* exclude (trained_on, n_latents),
+        fits.* exclude (target, n_latents),
         n_latents as n_atoms,
         n_specific,
         null::double as tuned_fvu,
@@ -41,7 +41,7 @@ measured as (
         null::double as kl_removed_high,
     from {{ ref('stg_sae_diff_fit') }} as fits
     left join sae_specific using (run_id, layer)
-    where trained_on = 'difference'
+    where target = 'difference'
     union all by name
     select
         fits.* exclude (part, n_latents),

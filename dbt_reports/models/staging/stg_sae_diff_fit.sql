@@ -11,7 +11,7 @@ renamed as (
         corpus,
         method,
         layer,
-        trained_on,
+        target,
         n_latents,
         fvu as difference_fvu,
         l0,

@@ -11,7 +11,7 @@ renamed as (
         corpus,
         method,
         layer,
-        trained_on,
+        target,
         latent,
         beta_ratio,
     from source
