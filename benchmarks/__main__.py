@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from benchmarks import mining, platform, sae, storage, stream, weights
+from benchmarks import dictionaries, mining, platform, sae, storage, stream, weights
 from benchmarks.figure import steady_heap, write
 from diffing_core.settings import diffing_home
 
@@ -23,6 +23,8 @@ BENCHMARKS = (
     storage.encodings,
     weights.lora_spectrum,
     sae.sae_training,
+    dictionaries.crosscoder_training,
+    dictionaries.latent_scaling,
 )
 
 

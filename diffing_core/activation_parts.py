@@ -5,6 +5,7 @@ the rest. How many there will be is known from the corpus, so a folder says itse
 """
 
 import base64
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from diffing_core.sums import Moments
 
 ROWS_PER_GROUP = 8192
 ROWS_PER_PART = 8 * ROWS_PER_GROUP  # what an interrupted pass may lose
-MOMENTS = "moments"
+MOMENTS, CHECKSUMS = "moments", "checksums"
+WORDS_SUMMED = 512  # words of 8 bytes whose order a checksum cannot tell
 
 
 def name_of(dtype: Any) -> str:
@@ -62,3 +64,21 @@ def unpacked(text: str, count: int) -> Moments:
     """The moments of a part of `count` rows."""
     mean_D, squares_D = np.frombuffer(base64.b64decode(text)).reshape(2, -1)
     return Moments.of(count, mean_D, squares_D)
+
+
+def checksum(group: pa.Table) -> str:
+    """16 hex digits over a row group of one chunk per column, several times as fast as a CRC of the vectors.
+
+    The vectors' words of 8 bytes are summed by WORDS_SUMMED, and these sums with odd weights, modulo 2⁶⁴: a change of any one
+    word shows for certain, any other but for a chance of about 2⁻⁶⁴; words exchanged within one such sum do not show.
+    """
+    column = group["vector"].chunk(0)
+    width = column.type.byte_width
+    raw = np.frombuffer(column.buffers()[1], np.uint8, len(group) * width, column.offset * width)
+    words = raw[: len(raw) // (8 * WORDS_SUMMED) * 8 * WORDS_SUMMED].view(np.uint64).reshape(-1, WORDS_SUMMED)
+    weights = 2 * np.arange(len(words), dtype=np.uint64) + np.uint64(1)
+    total = int((words.sum(1, dtype=np.uint64) * weights).sum(dtype=np.uint64))
+    rest = zlib.crc32(raw[words.nbytes :])
+    for name in group.schema.names[:-1]:
+        rest = zlib.crc32(group[name].chunk(0).to_numpy(zero_copy_only=False).tobytes(), rest)
+    return f"{(total + rest * 0x9E3779B97F4A7C15) % 2**64:016x}"

@@ -15,13 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffing_core import activation_parts
-from diffing_core.activation_parts import MOMENTS, name_of, packed, parts_of, schema
+from diffing_core.activation_parts import CHECKSUMS, MOMENTS, checksum, name_of, packed, parts_of, schema
 from diffing_core.blocks import TokenBlock
 from diffing_core.errors import StorageError
 from diffing_core.lazy import torch
 from diffing_core.sums import Moments
 
-ROWS_SUMMED = 256  # in float64 at a time
 LEFT_OVER_AFTER_S = 60.0  # between its creation and its lock a file is nobody's
 
 
@@ -55,7 +54,6 @@ class ActivationWriter:
     def __init__(self, folder: Path, d_model: int, dtype: Any, n_rows: int) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_left_over(folder)
         self._parts = parts_of(folder, n_rows)
         self._expected = n_rows
         self._part = next((number for number, part in enumerate(self._parts) if not part.exists()), len(self._parts))
@@ -131,21 +129,21 @@ class _Part:
         self._aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         self._held = _locked(self._aside)
         self._moments = Moments(d_model)
-        self._writer = pq.ParquetWriter(
-            self._aside, columns, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
-        )
+        self._checksums: list[str] = []
+        self._writer = pq.ParquetWriter(self._aside, columns, compression="none", use_dictionary=False, write_statistics=False)
 
     @property
     def n_rows(self) -> int:
         return self._moments.count
 
     def write(self, group: pa.Table) -> None:
+        group = group.combine_chunks()
         self._writer.write_table(group, row_group_size=len(group))
-        for some_ND in vectors_of(group.combine_chunks(), self._dtype).split(ROWS_SUMMED):
-            self._moments.add(some_ND.double().numpy())
+        self._checksums.append(checksum(group))
+        self._moments.add(vectors_of(group, self._dtype).float().numpy())
 
     def finish(self) -> None:
-        self._writer.add_key_value_metadata({MOMENTS: packed(self._moments)})
+        self._writer.add_key_value_metadata({MOMENTS: packed(self._moments), CHECKSUMS: " ".join(self._checksums)})
         self._writer.close()
         os.replace(self._aside, self._path)
         self._held.close()
@@ -165,14 +163,7 @@ def vectors_of(table: pa.Table, dtype: Any) -> Any:
     return values.view(len(table), -1)
 
 
-def _locked(file: Path) -> IO[bytes]:
-    """The file, created, under a lock that the system releases however this process ends."""
-    held = file.open("wb")
-    fcntl.flock(held, fcntl.LOCK_EX)
-    return held
-
-
-def _remove_left_over(folder: Path) -> None:
+def remove_left_over(folder: Path) -> None:
     """Removes unfinished parts of processes that are no more."""
     for file in folder.glob(".*-of-*"):
         try:
@@ -182,3 +173,10 @@ def _remove_left_over(folder: Path) -> None:
                     file.unlink()
         except (BlockingIOError, FileNotFoundError):
             continue  # somebody writes it, or has just finished it
+
+
+def _locked(file: Path) -> IO[bytes]:
+    """The file, created, under a lock that the system releases however this process ends."""
+    held = file.open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    return held

@@ -5,7 +5,7 @@
 A set belongs to a model state, not to a pair, so the base's activations are written once and shared by all its
 organisms. It is cut into parts (`diffing_core.activation_parts`), which an interrupted pass leaves to the next one.
 Vectors are fixed-size binary in the model's own dtype: bf16 survives bit by bit at 2 bytes a value and nothing
-overflows. Every page carries a checksum, which is compared when a row group is first read.
+overflows. Every row group has a checksum, which is compared whenever it is read.
 """
 
 import re
@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffing_core.activation_parts import MOMENTS, complete_parts, name_of, unpacked
-from diffing_core.activation_writer import ActivationWriter, SharedWriter, vectors_of
+from diffing_core.activation_parts import CHECKSUMS, MOMENTS, checksum, complete_parts, name_of, unpacked
+from diffing_core.activation_writer import ActivationWriter, SharedWriter, remove_left_over, vectors_of
 from diffing_core.errors import StorageError
 from diffing_core.lazy import torch
 from diffing_core.sums import Moments
@@ -69,6 +69,7 @@ class ActivationStore:
     def claim(self, folder: Path, d_model: int, dtype: Any, n_rows: int) -> SharedWriter | None:
         """One pair's hand on the set, unless it is complete."""
         if folder not in self._writers:
+            remove_left_over(folder)
             if complete_parts(folder):
                 return None
             self._writers[folder] = ActivationWriter(folder, d_model, dtype, n_rows)
@@ -139,34 +140,37 @@ class ActivationSet:
 
 
 class _Part:
-    """One Parquet file of a set. Checksums are compared once per row group, since that takes as long as reading it twice."""
+    """One Parquet file of a set; open only while it is read, since a long corpus has more parts than a process may open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._checked, self._plain = (
-                pq.ParquetFile(path, memory_map=True, page_checksum_verification=check) for check in (True, False)
-            )
+            self.metadata = pq.read_metadata(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"{path} cannot be read ({error}); delete it and materialize `activations` again") from error
-        self.metadata = self._plain.metadata
         self._facts = {key.decode(): value.decode() for key, value in (self.metadata.metadata or {}).items()}
-        if MOMENTS not in self._facts or "dtype" not in self._facts:
-            raise StorageError(f"{path} is not a part of stored activations: its footer names no dtype; delete and recompute it")
+        missing = {"dtype", "d_model", MOMENTS, CHECKSUMS} - self._facts.keys()
+        if missing:
+            raise StorageError(f"{path} is no part of stored activations: its footer names no {min(missing)}; delete and recompute it")
         self.dtype: str = self._facts["dtype"]
         self.d_model = int(self._facts["d_model"])
-        self._intact: set[int] = set()
+        self._checksums = self._facts[CHECKSUMS].split()
 
     def moments(self) -> Moments:
         return unpacked(self._facts[MOMENTS], self.metadata.num_rows)
 
     def read(self, group: int) -> pa.Table:
-        file = self._plain if group in self._intact else self._checked
         try:
-            table = file.read_row_group(group)
+            with pq.ParquetFile(self.path, memory_map=True, metadata=self.metadata) as file:
+                table = file.read_row_group(group, use_threads=False).combine_chunks()
+            found = checksum(table)
         except (pa.ArrowInvalid, OSError) as error:
-            raise StorageError(
-                f"{self.path} is damaged in row group {group} ({error}); delete it and materialize `activations` again"
-            ) from error
-        self._intact.add(group)
+            raise self._damaged(group, str(error)) from error
+        if found != self._checksums[group]:
+            raise self._damaged(group, f"checksum {found}, written as {self._checksums[group]}")
         return table
+
+    def _damaged(self, group: int, why: str) -> StorageError:
+        return StorageError(
+            f"{self.path} is damaged in row group {group} ({why}); delete it and materialize `activations` again"
+        )

@@ -35,7 +35,8 @@ class AskedSettings(PromptedSettings):
     )
     max_q: float = Field(0.2, gt=0, le=1, description="q-value up to which a word is shown.")
     shown_words: int = Field(40, ge=0, description="Words among the findings.")
-    shown_texts: int = Field(5, ge=0, description="Texts among the findings; each has a shown word in it.")
+    shown_texts: int = Field(5, ge=0, description="Texts among the findings.")
+    texts_with_words: bool = Field(False, description="Whether a text is shown only if one of the shown words is in it.")
 
     def sampling(self) -> Sampling:
         """How every model draws."""
@@ -200,7 +201,7 @@ def findings_of(
 
     Args:
         words: the table that `rising` are rows of: word, z, p_value and q_value, what rises most first.
-        table: all answers, a table of `samples`; one without any of the shown words is not shown.
+        table: all answers, a table of `samples`.
     """
     rising = rising[: settings.shown_words]
     shown = [
@@ -214,8 +215,9 @@ def findings_of(
     texts: dict[str, Finding] = {}
     for row in sorted(table.to_pylist(), key=lambda row: -row["unlikeness"]):
         item = clean(row["text"], SHOWN_CHARACTERS)
-        says = row["side"] in wanted and not carrying.isdisjoint(words_of(row["text"]))
-        if says and row["unlikeness"] > 0 and len(texts) < settings.shown_texts:
+        said = row["side"] in wanted and item and row["unlikeness"] > 0
+        carries = not settings.texts_with_words or not carrying.isdisjoint(words_of(row["text"]))
+        if said and carries and len(texts) < settings.shown_texts:
             key = {name: row[name] for name in samples.grain}
             texts.setdefault(item, Finding("generation", item, row["unlikeness"], "z", samples.name, key))
     return [*shown, *texts.values()]

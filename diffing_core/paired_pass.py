@@ -66,8 +66,8 @@ class _Running:
         return self.fold.stored_rows if isinstance(self.fold, ResumableFold) else 0
 
     def skip(self, n_rows: int) -> None:
-        """Leaves out the first rows; only as many as `stored_rows`."""
-        if self.error is None:
+        """Leaves out the first rows, only as many as `stored_rows`: of a fold that has none, none."""
+        if self.error is None and isinstance(self.fold, ResumableFold):
             self.fold.skip(n_rows)
 
     def start(self, context: StreamContext) -> None:

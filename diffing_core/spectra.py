@@ -28,7 +28,7 @@ _OVERSAMPLING = 16
 _POWER_STEPS = 2
 _EPSILON = 2.0**-52
 _ROUNDING = 1e-12
-_ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 8192
 _ELEMENTS_AT_ONCE = 2**20
 _FLOAT32_EXPONENT = 0x7F800000
 _BF16_STEP = 2.0**-7
@@ -179,28 +179,6 @@ def elementwise(base: Any, change: Any) -> dict[str, float | None]:
     }
 
 
-def match_of_leading(base_MN: Any, tuned_MN: Any, n_leading: int) -> tuple[Any, Any, Any]:
-    """The leading left singular vectors u_k of `tuned` and their best match in `base`: σ_k, max_i |⟨u_k, u_i⟩| and i.
-
-    i counts from 1 and runs over all left singular vectors of the base: two whole eigendecompositions of the smaller
-    side. Without a base no vector is found: 0, and i = 0.
-    Reference: Shuttleworth et al. 2024 (intruder dimensions), arXiv 2410.21228.
-    """
-    tall = base_MN.shape[0] > base_MN.shape[1]
-    base_sigma_K, base_KK = _eigen(base_MN)
-    sigma_K, vectors_KK = (part[..., :n_leading] for part in _eigen(tuned_MN))
-    if not len(base_sigma_K):
-        return sigma_K, torch.zeros_like(sigma_K), torch.zeros(len(sigma_K), dtype=torch.int64)
-    if tall:
-        parts = zip(base_MN.split(_ROWS_AT_ONCE), tuned_MN.split(_ROWS_AT_ONCE), strict=True)
-        back_NK = sum(base.double().T @ (tuned.double() @ vectors_KK) for base, tuned in parts)
-        inner_KK = (back_NK / sigma_K).T @ base_KK / base_sigma_K
-    else:
-        inner_KK = vectors_KK.T @ base_KK
-    match_K, place_K = inner_KK.abs().max(1)
-    return sigma_K, match_K.clamp(max=1), place_K + 1
-
-
 class Lens:
     """Cosines between directions and tokens, in the metric in which tokens spread equally to all sides."""
 
@@ -208,8 +186,8 @@ class Lens:
         self._head_VD, self._gain_D, self._centred = head_VD, gain_D, centred
         self.readable_V = torch.as_tensor(readable_V)
         ids = self.readable_V.nonzero()[:, 0]
-        self._mean_D = sum(self._rows(part).sum(0) for part in head_VD[ids].split(_ROWS_AT_ONCE)) / len(ids)
-        sample_ND = self._rows(head_VD[ids[:: -(-len(ids) // _ROWS_AT_ONCE)]]) - self._mean_D
+        self._mean_D = sum(self._rows(part).sum(0) for part in head_VD[ids].split(ROWS_AT_ONCE)) / len(ids)
+        sample_ND = self._rows(head_VD[ids[:: -(-len(ids) // ROWS_AT_ONCE)]]) - self._mean_D
         covariance_DD = (sample_ND.T @ sample_ND / len(sample_ND)).double()
         ridge_D = covariance_DD.diagonal().mean().clamp(min=_TINY).expand(len(gain_D))
         root_DD = torch.linalg.cholesky(covariance_DD + ridge_D.diag())
@@ -235,7 +213,7 @@ class Lens:
         return rows_VD - rows_VD.mean(-1, keepdim=True) if self._centred else rows_VD
 
     def _parts(self) -> Iterable[Any]:
-        return self._head_VD.split(_ROWS_AT_ONCE)
+        return self._head_VD.split(ROWS_AT_ONCE)
 
 
 def _pieces(base: Any, change: Any) -> Iterable[tuple[Any, Any]]:
@@ -246,21 +224,21 @@ def _pieces(base: Any, change: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _by_gram(delta_MN: Any, frobenius: float, n_leading: int) -> Spectrum:
-    sigma_K, vectors_KK = _eigen(delta_MN)
+    sigma_K, vectors_KK = eigen(delta_MN)
     left_MK = vectors_KK[:, :n_leading]
     if delta_MN.shape[0] > delta_MN.shape[1]:
-        parts = [part.double() @ left_MK for part in delta_MN.split(_ROWS_AT_ONCE)]
+        parts = [part.double() @ left_MK for part in delta_MN.split(ROWS_AT_ONCE)]
         left_MK = torch.cat(parts) / sigma_K[:n_leading]
     return Spectrum(sigma_K, left_MK.float(), frobenius)
 
 
-def _eigen(matrix_MN: Any) -> tuple[Any, Any]:
-    """Singular values and the singular vectors of the smaller side, float64.
+def eigen(matrix_MN: Any) -> tuple[Any, Any]:
+    """Singular values and the singular vectors of the smaller side, float64, largest first.
 
     Squaring costs half the digits: values below √(K ε) σ₁ are noise and left out.
     """
     long = matrix_MN if matrix_MN.shape[0] > matrix_MN.shape[1] else matrix_MN.T
-    gram_KK = sum(part.T @ part for part in map(torch.Tensor.double, long.split(_ROWS_AT_ONCE)))
+    gram_KK = sum(part.T @ part for part in map(torch.Tensor.double, long.split(ROWS_AT_ONCE)))
     squares_K, vectors_KK = torch.linalg.eigh(gram_KK)
     squares_K, vectors_KK = squares_K.flip(0), vectors_KK.flip(1)
     kept = squares_K > squares_K[0] * len(squares_K) * _EPSILON

@@ -157,7 +157,7 @@ class TableSpec:
     def ddl(self, schema: str = "raw") -> str:
         """`create table` statement of the stored form, with units in comments."""
         lines = [
-            f"    {column.name} {SQL_TYPES[column.dtype]}{'' if column.nullable else ' not null'}"
+            f"    \"{column.name}\" {SQL_TYPES[column.dtype]}{'' if column.nullable else ' not null'}"
             for column in self.stored_columns
         ]
         return f"create table {schema}.{self.name} (\n" + ",\n".join(lines) + "\n)"
@@ -166,7 +166,7 @@ class TableSpec:
         """`comment on` statements, so that people and agents who query DuckDB see meanings and units."""
         said = [f"comment on table {schema}.{self.name} is {_quoted(self.doc)}"]
         said += [
-            f"comment on column {schema}.{self.name}.{column.name} is {_quoted(column.description)}"
+            f"comment on column {schema}.{self.name}.\"{column.name}\" is {_quoted(column.description)}"
             for column in self.stored_columns
         ]
         return said

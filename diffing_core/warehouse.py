@@ -157,7 +157,7 @@ def _load(connection: "DuckDBPyConnection", lake: Lake, spec: TableSpec) -> None
 
 def _select(lake: Lake, spec: TableSpec, schema: str) -> str:
     """Rows of finished runs. The seed file comes first: DuckDB takes names and types from the first file."""
-    columns = ", ".join(column.name for column in spec.stored_columns)
+    columns = ", ".join(f'"{column.name}"' for column in spec.stored_columns)
     files = f"[{_quoted(str(lake.root / spec.name / SEED))}, {_quoted(lake.glob(spec))}]"
     finished = "" if spec.name == RUNS.name else f" where run_id in (select run_id from {schema}.{RUNS.name})"
     return f"select {columns} from read_parquet({files}, hive_partitioning = false){finished}"

@@ -55,7 +55,6 @@ from diffing_core.weight_edits.changes import n_layers
 from diffing_core.weights import WeightPair
 from diffing_core.word_trends import WordTrends, word_trends
 
-
 NOT_EDITED = ("base", "tuned")
 
 
@@ -148,7 +147,8 @@ TRENDS = TableSpec(
         Column("weights", "list<float64>", "Weights of the models that count, ascending."),
         Column("n_texts", "list<int32>", "Answers of each of these models that have the word.", role="count"),
         Column("z", "float64", "Mantel's trend test over answers; positive: the word comes with the change.", "z", "effect"),
-        Column("monotone", "float64", "Spearman's correlation of weight and answers with the word.", "", "effect", low=-1.0001, high=1.0001),
+        Column("monotone", "float64", "Spearman's correlation of weight and answers with the word.", "", "effect", low=-1.0001,
+               high=1.0001),
         Column("p_value", "float64", "Of the trend, two-sided.", low=0, high=1),
         Column("q_value", "float64", "p_value after Benjamini–Hochberg over the listed words.", low=0, high=1),
     ),

@@ -324,7 +324,7 @@ def movement(base_ND: Any, tuned_ND: Any, delta_ND: Any) -> Any:
     """The five statistics per token, float32 [S, N], from residuals in float32 and δ, their difference."""
     base_norm_N, tuned_norm_N, norm_N = (states_ND.norm(dim=-1) for states_ND in (base_ND, tuned_ND, delta_ND))
     base_size_N, tuned_size_N = base_norm_N.clamp(min=TINY), tuned_norm_N.clamp(min=TINY)
-    turn_N = (tuned_ND / tuned_size_N[:, None] - base_ND / base_size_N[:, None]).norm(dim=-1)
+    turn_N = (tuned_ND / tuned_size_N[:, None]).addcdiv_(base_ND, base_size_N[:, None], value=-1).norm(dim=-1)
     return torch.stack([norm_N, norm_N / base_size_N, turn_N.square() / 2, base_norm_N, tuned_norm_N])
 
 

@@ -23,8 +23,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from diffing_core.activation_pairs import PairedActivations, Selection
+from diffing_core.blocks import pick_layers
 from diffing_core.corpus import ROLES
 from diffing_core.covariance import Covariance, Principal
+from diffing_core.errors import NotComputableError
 from diffing_core.examples import TopExamples, examples_spec
 from diffing_core.figures import Figure
 from diffing_core.findings import Finding
@@ -62,7 +64,9 @@ class PcaSettings(SteeringSettings):
     steering_layers: tuple[int | float, ...] | None = Field(
         (0.5,), description="Blocks that are steered, those of them that are read; none means all."
     )
-    shown_layers: tuple[float, ...] = Field((1.0,), description="Depths whose tokens become findings.")
+    shown_layers: tuple[int | float, ...] | None = Field(
+        None, description="Blocks whose tokens become findings; none means the deepest that is read."
+    )
     shown_components: int = Field(4, ge=1, description="Leading components whose tokens become findings.")
     shown: int = Field(20, ge=1, description="Tokens shown as findings.")
     shown_texts: int = Field(1, ge=0, description="Texts shown as findings per component.")
@@ -139,7 +143,11 @@ def run(inputs: Inputs, settings: PcaSettings) -> Tables:
     selection = Selection(settings.first_position, settings.roles, settings.template)
     fits: list[_Fit] = []
     examples: list[pa.Table] = []
-    for layer in reading.layers(settings.layers):
+    layers = reading.layers(settings.layers)
+    unread = {*reading.context.pick_layers(settings.shown_layers)} - {*layers} if settings.shown_layers else set()
+    if unread:
+        raise NotComputableError(f"shown_layers names block(s) {sorted(unread)}, but {list(layers)} are read; choose among these")
+    for layer in layers:
         here = stored.at(layer)
         for fit in _fitted(here.of(selection), layer, pair.base.device, settings):
             skewness_R, shown = _ends(here, selection, fit, reading, settings)
@@ -279,7 +287,10 @@ def _steering(fits: list[_Fit], reading: FitReading, pair: Any, settings: PcaSet
 def findings(tables: Tables, settings: PcaSettings) -> list[Finding]:
     """Of the difference's leading components: tokens of the far end, each once where it scores best, and then texts there."""
     fits = tables[FITS.name].to_pylist()
-    layers = {int(depth * (fits[0]["n_layers"] - 1)) for depth in settings.shown_layers} if fits else set()
+    if settings.shown_layers is None:
+        layers = {max(row["layer"] for row in fits)}
+    else:
+        layers = {*pick_layers(settings.shown_layers, fits[0]["n_layers"])}
     leading = {
         (row["layer"], "difference", row["component"]): row
         for row in tables[COMPONENTS.name].to_pylist()

@@ -61,6 +61,7 @@ class RankTruncationSettings(AskedSettings):
     )
     rests: tuple[Rank, ...] = Field((1,), description="Ranks that are taken away, the rest being asked as a control.")
     kl_samples: int = Field(1, ge=1, description="Of these answers, how many of the tuned model's are where KL is measured.")
+    texts_with_words: bool = Field(True, description="Whether a text is shown only if one of the shown words is in it.")
 
 
 MODELS = TableSpec(
@@ -106,7 +107,7 @@ WORDS = TableSpec(
         Column("n_texts_tuned", "int32", "Answers of the tuned model with it.", role="count", low=0),
         Column("n_texts_copies", "list<int32>", "Answers of each copy with it, in the order of the models.", role="count"),
         Column("n_texts_rests", "list<int32>", "Answers of each rest with it.", role="count"),
-        Column("z", "float64", "Mantel's trend test over base, copies and tuned model; positive: the word comes with the change.", "z", "effect"),
+        Column("z", "float64", "Mantel's trend test over base, copies and tuned model; positive: it comes with the change.", "z", "effect"),
         Column("z_over_tuned", "float64", "The same test, copies against tuned model.", "z", "effect"),
         Column("p_value", "float64", "Of z, two-sided.", low=0, high=1),
         Column("q_value", "float64", "p_value after Benjamini–Hochberg over the listed words.", low=0, high=1),

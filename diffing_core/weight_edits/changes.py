@@ -108,10 +108,7 @@ def leading(change: "Factors | Any", n_directions: int) -> Factors:
     spectrum = spectrum_of(change, n_directions)
     sigma_K = spectrum.sigma_K[:n_directions].float()
     left_MK = spectrum.left_MK[:, :n_directions]
-    if isinstance(change, Factors):
-        right_KN = (left_MK.T @ change.left_MR) @ change.right_RN
-    else:
-        right_KN = left_MK.T @ change
+    right_KN = (left_MK.T @ change.left_MR) @ change.right_RN if isinstance(change, Factors) else left_MK.T @ change
     return Factors(left_MK * sigma_K.sqrt(), right_KN / sigma_K.sqrt()[:, None])
 
 

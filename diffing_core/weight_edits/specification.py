@@ -166,7 +166,9 @@ class AdapterEdit(_Entry):
         """Which finetune is meant; empty: the pair's own."""
         if self.organism is not None:
             return f"{self.organism}/{self.variant}"
-        return str(self.source or self.path or "")
+        if self.source is not None:
+            return f"source {self.source}"
+        return f"path {self.path}" if self.path else ""
 
     @property
     def does_something(self) -> bool:

@@ -37,6 +37,22 @@ def test_a_packaged_amplification_and_a_file(registry: Path) -> None:
     assert Path(done.stdout.strip()).name.startswith("cut-")
 
 
+def test_a_file_that_leaves_the_finetune_open_is_for_the_organism_that_is_named(registry: Path) -> None:
+    """The toolkit's presets are written so: organism_name custom, variant null."""
+    module = "{modules: all, weight: 2.0}"
+    file = registry / "default_2x.yaml"
+    file.write_text(
+        "name: default_2x\nadapters:\n- organism_name: custom\n  variant: null\n"
+        f"  layer_amplifications: [{{layers: all, module_amplifications: [{module}]}}]\n"
+    )
+    asked = ["edit", str(file), "--model", "tiny_base", "--out", str(registry / "out")]
+    done = CliRunner().invoke(app, [*asked, "--organism", "mine"])
+    assert Path(done.stdout.strip()).name.startswith("default_2x-"), done.output
+    refused = CliRunner().invoke(app, asked)
+    assert isinstance(refused.exception, RegistryError)
+    assert "names no finetune" in str(refused.exception)
+
+
 def test_a_name_without_an_organism_is_told(registry: Path) -> None:
     done = CliRunner().invoke(app, ["edit", "2x", "--model", "tiny_base", "--out", str(registry)])
     assert isinstance(done.exception, RegistryError)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffing_core import activation_parts
-from diffing_core.activation_parts import ROWS_PER_GROUP, complete_parts
+from diffing_core.activation_parts import ROWS_PER_GROUP, checksum, complete_parts
 from diffing_core.activation_writer import ActivationWriter
 from diffing_core.activations import ActivationBlock, ActivationSet, ActivationStore
 from diffing_core.blocks import TokenBlock
@@ -51,6 +51,7 @@ def every_16_bits(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, WIDTH)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # moments of signalling NaNs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_value_of_a_16_bit_format_survives_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     vector_ND = every_16_bits(dtype)
@@ -174,8 +175,20 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
         file.write_bytes(b"half")
     for file in (dead, being_written):
         os.utime(file, (time.time() - 1000,) * 2)
-    ActivationWriter(tmp_path / "a", WIDTH, torch.float32, 2 * ROWS_PER_GROUP)
+    ActivationStore(tmp_path).claim(tmp_path / "a", WIDTH, torch.float32, 2 * ROWS_PER_GROUP)
     assert set((tmp_path / "a").iterdir()) == {being_written, young}
+
+
+def test_a_set_of_many_parts_is_read_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, 2, 2)
+    vector_ND = torch.randn(200, WIDTH)
+    written(tmp_path / "a", vector_ND)
+    before = len(os.listdir("/proc/self/fd"))
+    whole = ActivationSet(tmp_path / "a")
+    kept = list(whole.blocks())
+    assert len(kept) == 100
+    assert len(os.listdir("/proc/self/fd")) - before < 10
+    assert torch.equal(torch.cat([each.vector_ND for each in kept]), vector_ND)
 
 
 def test_pairs_that_share_a_set_write_every_block_once_whoever_fails(tmp_path: Path) -> None:
@@ -242,7 +255,7 @@ def test_a_revision_never_leads_out_of_the_store(tmp_path: Path) -> None:
 
 def test_another_parquet_file_is_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"vector": [b"abcd"]}), tmp_path / "00000-of-00001.parquet")
-    with pytest.raises(StorageError, match=r"00000-of-00001.parquet is not a part of stored activations"):
+    with pytest.raises(StorageError, match=r"00000-of-00001.parquet is no part of stored activations"):
         ActivationSet(tmp_path)
 
 
@@ -266,17 +279,40 @@ def test_rows_are_read_by_number_across_row_groups(tmp_path: Path, monkeypatch: 
         assert rows.token_N.tolist() == [1000 + index for index in range(start, stop)]
 
 
-def test_a_changed_byte_of_a_vector_is_noticed(tmp_path: Path) -> None:
-    vector_ND = torch.randn(500, 64)
+@pytest.mark.parametrize("place", ["vector", "last vector", "token"])
+def test_a_changed_byte_is_noticed(tmp_path: Path, place: str) -> None:
+    vector_ND = torch.randn(500, 65)
     written(tmp_path / "a", vector_ND)
     [part] = complete_parts(tmp_path / "a")
     raw = bytearray(part.read_bytes())
-    raw[raw.index(vector_ND[250].numpy().tobytes()) + 5] ^= 1
+    known = {
+        "vector": vector_ND[250].numpy().tobytes(),
+        "last vector": vector_ND[-1].numpy().tobytes(),
+        "token": np.arange(1200, 1300, dtype=np.int32).tobytes(),
+    }
+    raw[raw.index(known[place]) + 5] ^= 1
     part.write_bytes(raw)
     damaged = ActivationSet(tmp_path / "a")
     for _ in range(2):
-        with pytest.raises(StorageError, match=r"00000-of-00001.parquet is damaged in row group 0 .*CRC.*; delete it"):
+        with pytest.raises(StorageError, match=r"00000-of-00001.parquet is damaged in row group 0 \(checksum .*\); delete it"):
             damaged.rows(0, 10)
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "rows exchanged", "shifted by a row"])
+def test_pages_that_a_disk_lost_or_mixed_up_are_noticed(damage: str) -> None:
+    vector_ND = torch.randn(300, 1024)
+    other_ND = vector_ND.clone()
+    if damage == "zeroed":
+        other_ND[100:104] = 0
+    elif damage == "rows exchanged":
+        other_ND[[3, 200]] = other_ND[[200, 3]]
+    else:
+        other_ND[1:] = vector_ND[:-1]
+    sums = set()
+    for each in (vector_ND, other_ND):
+        values = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4096), 300, [None, pa.py_buffer(each.numpy().tobytes())])
+        sums.add(checksum(pa.table({"token_id": pa.array(range(300)), "vector": values})))
+    assert len(sums) == 2
 
 
 def test_a_part_that_was_cut_off_is_refused_and_written_again_once_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,10 @@ def test_an_adapter_named_twice_counts_once_and_one_without_anything_to_do_is_le
     ]
     other = WeightEdit(name="x", adapters=[adapter("a", first), adapter("a", second, variant="strong")])
     assert len(other.effective()) == 2
+    repo = {"source": {"repo": "a/strong"}, "layer_amplifications": (first,)}
+    folder = {"path": "a/strong", "layer_amplifications": (first,)}
+    alike = WeightEdit(name="x", adapters=[adapter("a", first, variant="strong"), repo, folder])
+    assert len(alike.effective()) == 3
 
 
 def test_nothing_to_do_and_two_ranks_of_one_adapter_are_told() -> None:

@@ -292,7 +292,7 @@ def test_other_merges_are_what_peft_makes_of_the_adapters(home: Home, tmp_path: 
     second = write_edit(edit, "tiny", home.registry, tmp_path / "b")
     assert_same(loaded(home, first), loaded(home, second), 0)
     if combine == "svd":
-        both = {name: load for name, load in (("one", home.folder("one")), ("again", tmp_path / "again"))}
+        both = {"one": home.folder("one"), "again": tmp_path / "again"}
         base = merged(home, "base")
         key = "model.layers.0.self_attn.q_proj.weight"
         total = sum(loaded(home, folder)[key] - base[key] for folder in both.values())

@@ -41,12 +41,12 @@ union all
 select
     run_id, organism, model, variant, corpus, method, 1 as figure,
     'heatmap' as kind, 'New atoms along the texts that they are from' as title,
-    'offset' as x_title, 'tuned [share of ‖h‖]' as value_title,
+    'place' as x_title, 'tuned [share of ‖h‖]' as value_title,
     'label' as series_title, 12 as most, false as is_log,
-    offset::varchar as x, offset::double as x_number,
+    place::varchar as x, place::double as x_number,
     label::varchar as series, max(tuned)::double as value,
 from {{ source('raw', 'itda_patterns') }}
-where offset is not null and label is not null and tuned is not null and method = 'itda'
+where place is not null and label is not null and tuned is not null and method = 'itda'
 group by all
 
 union all
@@ -172,24 +172,24 @@ select
     run_id, organism, model, variant, corpus, method, 1 as figure,
     'line' as kind, 'Held-out FVU by step' as title,
     'step' as x_title, 'fvu' as value_title,
-    'trained_on' as series_title, 12 as most, false as is_log,
+    'target' as series_title, 12 as most, false as is_log,
     step::varchar as x, step::double as x_number,
-    trained_on::varchar as series, max(fvu)::double as value,
+    target::varchar as series, max(fvu)::double as value,
 from {{ source('raw', 'sae_diff_training') }}
-where step is not null and trained_on is not null and fvu is not null and method = 'sae_diff'
+where step is not null and target is not null and fvu is not null and method = 'sae_diff'
 group by all
 
 union all
 
 select
     run_id, organism, model, variant, corpus, method, 2 as figure,
-    'bar' as kind, 'Weight of the latents' as title,
-    'rank' as x_title, 'weight' as value_title,
+    'bar' as kind, 'Energy share of the latents' as title,
+    'rank' as x_title, 'energy_share' as value_title,
     '' as series_title, 40 as most, false as is_log,
     rank::varchar as x, rank::double as x_number,
-    ''::varchar as series, max(weight)::double as value,
+    ''::varchar as series, max(energy_share)::double as value,
 from {{ source('raw', 'sae_diff_latents') }}
-where rank is not null and weight is not null and method = 'sae_diff'
+where rank is not null and energy_share is not null and method = 'sae_diff'
 group by all
 
 union all

@@ -4,10 +4,10 @@
     base direction   z = z_0 + α (z_0 − z_1)   on tokens with p_0 >= plausibility · max p_0
 
 z_1, z_0: logits of the tuned model and of the base after the same text, which begins as vaguely as a text can and has no
-chat template; whatever ends a text of either model ends it. The mask keeps a token that neither model would say from winning by its ratio alone. It comes before
-the nucleus (after it nothing might be left) and holds at α = 0 too, so that the plain texts differ from the amplified
-ones by α alone: between identical models all arms are one. Each (beginning, sample) has the same random numbers in
-every arm, and the same as `generate` would draw with.
+chat template; whatever ends a text of either model ends it. The mask keeps a token that neither model would say from
+winning by its ratio alone. It comes before the nucleus (after it nothing might be left) and holds at α = 0 too, so that
+the plain texts differ from the amplified ones by α alone: between identical models all arms are one. Each (beginning,
+sample) has the same random numbers in every arm, and the same as `generate` would draw with.
 
 Words of an arm are compared with the plain texts of either model, as `blackbox` compares words: log-odds with a prior and
 its z, exact McNemar test over paired texts. Amplification says what is salient, in many finetunes of a base alike: the

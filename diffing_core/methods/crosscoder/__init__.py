@@ -12,6 +12,8 @@ What contributes most to δ (`difference_rms`) is listed first, with tokens, tex
 Reference: https://arxiv.org/abs/2504.02922; partitions https://arxiv.org/abs/2602.11729.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from diffing_core.activation_pairs import PairedRows, StoredPair
-from diffing_core.band_examples import examples_by_band
+from diffing_core.band_examples import BANDS, examples_by_band
 from diffing_core.figures import Figure
 from diffing_core.findings import Finding
 from diffing_core.fit_reading import FitReading
@@ -45,6 +47,8 @@ from diffing_core.models import ModelPair
 from diffing_core.steering import steering_table
 
 SPECIFIC = ("tuned_only", "moved")
+TOKEN_UNIT = "lens probability × activation units"
+SNIPPET_TOKENS = 16  # each way
 
 
 class _Layer:
@@ -65,7 +69,6 @@ class _Layer:
             self._fitted.sample.outliers,
             reading,
             self._fitted.sample.mean_MD,
-            settings.seed,
         )
         self._latents = latent_table(layer, self._fitted.crosscoder, self._seen, settings)
 
@@ -191,21 +194,42 @@ def run(inputs: Inputs, settings: CrosscoderSettings) -> Tables:
 
 
 def findings(tables: Tables, settings: CrosscoderSettings) -> list[Finding]:
-    """Tokens that the listed latents promote."""
-    weight = {
-        (row["layer"], row["latent"]): row["difference_rms"] for row in tables[LATENTS.name].to_pylist()
-    }
-    rows = [
-        row for row in tables[TOKENS.name].to_pylist() if row["head"] == "tuned" and row["direction"] == "promoted"
-    ]
-    rows.sort(key=lambda row: -row["probability"] * weight[row["layer"], row["latent"]])
-    return [
-        Finding(
-            "token", row["token"], row["probability"] * weight[row["layer"], row["latent"]], "lens probability × activation units",
-            TOKENS.name, {name: row[name] for name in TOKENS.grain}, layer=row["layer"],
-        )
-        for row in rows[: settings.shown]
+    """Tokens that the listed latents promote, by probability × contribution to δ summed over latents; then their texts."""
+    size = {(row["layer"], row["latent"]): row["difference_rms"] for row in _listed(tables[LATENTS.name], tables[TOKENS.name])}
+    total: Counter[str] = Counter()
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    for row in tables[TOKENS.name].to_pylist():
+        if row["head"] == "tuned" and row["direction"] == "promoted":
+            share = row["probability"] * size[row["layer"], row["latent"]]
+            total[row["token"]] += share
+            best[row["token"]] = max(best.get(row["token"], (-1.0, row)), (share, row), key=lambda pair: pair[0])
+    tokens = [
+        Finding("token", token, score, TOKEN_UNIT, TOKENS.name, {name: best[token][1][name] for name in TOKENS.grain},
+                layer=best[token][1]["layer"])
+        for token, score in sorted(total.items(), key=lambda pair: (-pair[1], pair[0]))[: settings.shown]
     ]  # fmt: skip
+    return tokens + _texts(tables[EXAMPLES.name], size, settings.shown_texts)
+
+
+def _listed(latents: pa.Table, tokens: pa.Table) -> list[dict[str, Any]]:
+    named = set(zip(tokens["layer"].to_pylist(), tokens["latent"].to_pylist(), strict=True))
+    return [row for row in latents.to_pylist() if (row["layer"], row["latent"]) in named]
+
+
+def _texts(examples: pa.Table, size: Mapping[tuple[int, int], float], most: int) -> list[Finding]:
+    """Around the strongest activation of the latents that contribute most."""
+    rows = [row for row in examples.to_pylist() if row["band"] == BANDS[-1] and row["rank"] == 1]
+    rows.sort(key=lambda row: -size[row["layer"], row["latent"]])
+    found = []
+    for row in rows[:most]:
+        at = row["position"] - row["first_position"]
+        text = "".join(row["tokens"][max(0, at - SNIPPET_TOKENS) : at + SNIPPET_TOKENS])
+        key = {name: row[name] for name in EXAMPLES.grain}
+        found.append(
+            Finding("text_snippet", text, size[row["layer"], row["latent"]], "activation units", EXAMPLES.name, key,
+                    layer=row["layer"], position=row["position"])
+        )  # fmt: skip
+    return found
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:

@@ -105,6 +105,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise StorageError(f"{path} cannot be read ({error}); delete it to train anew") from error

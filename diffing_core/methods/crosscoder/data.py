@@ -14,7 +14,6 @@ import numpy as np
 
 from diffing_core.activation_pairs import POOL_ROWS, PairedActivations, PairedRows
 from diffing_core.errors import NotComputableError
-from diffing_core.lazy import torch
 from diffing_core.settings import short_hash
 
 

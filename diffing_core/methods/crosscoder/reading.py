@@ -23,6 +23,7 @@ from diffing_core.methods.crosscoder.model import SIDES, Crosscoder
 from diffing_core.sparse_code import SparseCode
 
 ROWS_TOGETHER = 2048
+CONTROL_SEED = 0
 ERRORS = tuple(f"error {side}" for side in SIDES)
 RECONSTRUCTIONS = tuple(f"reconstruction {side}" for side in SIDES)
 STREAMS = (*SIDES, "difference")
@@ -77,11 +78,11 @@ class Reading:
     @classmethod
     def of(
         cls, crosscoder: Crosscoder, stored: PairedActivations, held_out: Selection, outliers: Outliers, place: FitReading,
-        shift_MD: tuple[Any, Any], seed: int,
+        shift_MD: tuple[Any, Any],
     ) -> "Reading":  # fmt: skip
         """Reads the rows of `stored`; those that `held_out` keeps count as held out."""
         directions = dict(zip(SIDES, crosscoder.directions(), strict=True))
-        directions |= {"random": random_directions(directions["tuned"], seed), "permuted": permuted_directions(directions["tuned"])}
+        directions |= {"random": random_directions(directions["tuned"], CONTROL_SEED), "permuted": permuted_directions(directions["tuned"])}
         zero_F = torch.zeros(crosscoder.n_latents, device=crosscoder.bias_F.device)
         found = cls(
             LatentScaling(directions, ERRORS + RECONSTRUCTIONS),

@@ -17,6 +17,7 @@ LEAST_BATCHES = 64  # an epoch has so many, or batches of LEAST_ROWS
 LEAST_ROWS = 64
 WIDTHS_AT_LEAST = 2  # latents per dimension, however few tokens there are
 MOST_K = 100
+SHORT_STEPS = 5000  # a shorter training takes larger steps: 2.6 times larger ones with 300
 WARM_UP_SHARE, ANNEALING_SHARE = 0.05, 0.2
 
 
@@ -28,7 +29,7 @@ class CrosscoderSettings(SteeringSettings):
     outlier_ratio: float = Field(10.0, gt=1, description="Tokens longer than this many times the median are left out.")
     held_out_share: float = Field(0.1, gt=0, lt=1, description="Of the sequences: not trained on, to measure the fit.")
     sparsity: Sparsity = Field("batch_topk", description="batch_topk, or l1.")
-    k: float | None = Field(None, gt=0, description="Latents active per token; null: a quarter of the width, 100 at most.")
+    k: float | None = Field(None, gt=0, description="Latents active per token; null: a sixteenth of the width, 100 at most.")
     l1: float = Field(0.02, ge=0, description="With l1: its weight, in mean lengths of an activation.")
     partition: Kind = Field("plain", description="plain, dedicated or designated_shared.")
     partition_share: float = Field(0.05, ge=0, lt=1, description="Of the latents, in each dedicated block or in the shared one.")
@@ -40,7 +41,7 @@ class CrosscoderSettings(SteeringSettings):
     max_tokens: int = Field(100_000_000, ge=1, description="Tokens trained on, at most.")
     min_steps: int = Field(300, ge=1, description="Steps, at least: short corpora are read more often.")
     batch_rows: int = Field(2048, ge=1, description="Tokens per batch, at most; fewer where an epoch had under 64 batches.")
-    learning_rate: float | None = Field(None, gt=0, description="Null: 2e-4 / sqrt(latents / 16384).")
+    learning_rate: float | None = Field(None, gt=0, description="Null: 2e-4 / sqrt(latents / 16384), and larger for short trainings.")
     k_start_ratio: float = Field(4.0, ge=1, description="k begins this many times larger; 1 for no annealing.")
     aux_weight: float = Field(1 / 32, ge=0, description="Weight of the loss that brings dead latents back.")
     dead_after_steps: int = Field(100, ge=1, description="Batches without activity after which a latent is dead.")
@@ -57,7 +58,8 @@ class CrosscoderSettings(SteeringSettings):
     min_probability: float = Field(1e-8, ge=0, le=1, description="Mean probability that lets a token be listed which the corpus lacks.")
     causal_tokens: int = Field(2048, ge=1, description="Probe tokens on which sets of latents are patched.")
     causal_share: float = Field(0.25, gt=0, le=0.5, description="Of the latents that Latent Scaling ranks, in the sets of both ends.")
-    shown: int = Field(40, ge=1, description="Findings shown.")
+    shown: int = Field(40, ge=1, description="Tokens shown as findings.")
+    shown_texts: int = Field(5, ge=0, description="Texts shown after them.")
 
     def n_latents(self, width: int, n_tokens: int) -> int:
         """F for so many tokens to fit on."""
@@ -71,10 +73,10 @@ class CrosscoderSettings(SteeringSettings):
         """The training for so many tokens to fit on."""
         trained = min(self.max_tokens, self.epochs * n_tokens)
         steps = max(self.min_steps, round(trained / self.rows_per_batch(n_tokens)))
-        k = min(self.k or max(1.0, min(MOST_K, width / 4)), n_latents)
+        k = min(self.k or max(2.0, min(MOST_K, width / 16)), n_latents)
         return Plan(
             steps=steps,
-            learning_rate=self.learning_rate or 2e-4 / (n_latents / 2**14) ** 0.5,
+            learning_rate=self.learning_rate or 2e-4 / (n_latents / 2**14) ** 0.5 * max(1.0, SHORT_STEPS / steps) ** (1 / 3),
             k=k,
             sparsity=self.sparsity,
             l1=self.l1,

@@ -23,7 +23,6 @@ from diffing_core.methods.diff_mining.source import Reading, Source
 from diffing_core.methods.diff_mining.topics import PositionSample, find_topics
 from diffing_core.methods.diff_mining.windows import LikelihoodWindows
 
-
 POSITIONS_TOGETHER = 512
 
 

@@ -84,7 +84,7 @@ METHOD = Method(
     run=run,
     figures=(
         Figure("line", "Atoms after each pass", PASSES, "pass", "atoms", "side"),
-        Figure("heatmap", "New atoms along the texts that they are from", PATTERNS, "offset", "tuned", "label"),
+        Figure("heatmap", "New atoms along the texts that they are from", PATTERNS, "place", "tuned", "label"),
         Figure("bar", "New atoms by block", LAYERS, "layer", "excess_atoms"),
         Figure("bar", "Energy of new atoms", NEW_ATOMS, "token", "energy"),
         Figure("heatmap", "Shared atoms of layers", SIMILARITY, "other_name", "jaccard", "name"),

@@ -24,7 +24,7 @@ from diffing_core.fit_reading import FitReading
 from diffing_core.interventions import edited_residual
 from diffing_core.itda_dictionary import Staged, unit
 from diffing_core.lazy import torch
-from diffing_core.methods.itda.material import Material
+from diffing_core.methods.itda.material import Material, turned_ID
 from diffing_core.methods.itda.settings import ItdaSettings
 
 TOKENS_PER_BATCH = 512
@@ -98,10 +98,7 @@ class Ablation:
 
     def __init__(self, found: Staged, material: Material, settings: ItdaSettings) -> None:
         self._found, self._settings = found, settings
-        token_I, n_base = found.whole.token_I, found.n_base
-        base_ID, tuned_ID = (vector_ND[token_I] for vector_ND in (material.base_ND, material.tuned_ND))
-        own_I = torch.cat([base_ID[:n_base], tuned_ID[n_base:]]).norm(dim=1, keepdim=True)
-        self._removed_ID = {"omitted": found.whole.atom_ID, "turned_back": (tuned_ID - base_ID) / own_I}
+        self._removed_ID = {"omitted": found.whole.atom_ID, "turned_back": turned_ID(found, material)}
 
     def effects(self, behaviour: Behaviour, layer: int) -> list[Effect]:
         """New atoms and as many random base atoms, in all ways; none where there is no new atom."""

@@ -14,7 +14,7 @@ import numpy as np
 from diffing_core.activation_pairs import PairedRows
 from diffing_core.itda_dictionary import unit
 from diffing_core.methods.itda.layer_dictionary import LayerDictionary
-from diffing_core.methods.itda.material import Material
+from diffing_core.methods.itda.material import Material, turned_ID
 from diffing_core.methods.itda.new_atoms import NewAtoms, ranked
 from diffing_core.methods.itda.settings import ItdaSettings
 from diffing_core.methods.itda.sources import Sources
@@ -73,6 +73,7 @@ class LayerResult:
             "tuned_fvu": fvu["tuned"],
             "whole_fvu": usage.fvu("tuned", whole),
             "excess_fvu": fvu["tuned"] - fvu["base"],
+            "difference_fvu": usage.difference_fvu(turned_ID(staged, self.material)),
             "base_l0": mean_l0(base),
             "tuned_l0": mean_l0(tuned),
             "whole_l0": mean_l0(whole),

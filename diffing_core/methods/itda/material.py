@@ -15,7 +15,8 @@ import numpy as np
 from diffing_core.activation_pairs import PairedActivations, PairedRows, Selection, StoredPair, joined
 from diffing_core.errors import NotComputableError
 from diffing_core.fit_reading import FitReading
-from diffing_core.itda_dictionary import usable
+from diffing_core.itda_dictionary import Staged, usable
+from diffing_core.lazy import torch
 from diffing_core.methods.itda.settings import ItdaSettings
 from diffing_core.sampling import position_hash, sampled
 
@@ -51,6 +52,16 @@ class Material:
     def documents_of(self, token_I: np.ndarray) -> np.ndarray:
         """Texts that these tokens are from, each once."""
         return np.unique(self.sequence_N[token_I])
+
+
+def turned_ID(found: Staged, material: Material) -> Any:
+    """What tuning did to each atom's token, in units of the vector that the atom is: (h_tuned − h_base) / ‖h‖, [I, D].
+
+    An atom is its token's vector in the base, or in the tuned model if that added it.
+    """
+    base_ID, tuned_ID = (vector_ND[found.whole.token_I] for vector_ND in (material.base_ND, material.tuned_ND))
+    own_I1 = torch.cat([base_ID[: found.n_base], tuned_ID[found.n_base :]]).norm(dim=1, keepdim=True)
+    return (tuned_ID - base_ID) / own_I1
 
 
 class Chosen:

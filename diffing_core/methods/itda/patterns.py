@@ -26,7 +26,7 @@ def pattern_rows(result: LayerResult, at: PairedActivations, reading: FitReading
             {
                 "layer": result.layer,
                 "atom": int(result.leading[place]),
-                "offset": int(offset_N[row]),
+                "place": int(offset_N[row]),
                 "label": f"layer {result.layer}, {place + 1}: {name.strip()}",
                 "token": text,
                 "tuned": float(coefficient["tuned"][row, place]),

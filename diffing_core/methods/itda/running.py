@@ -1,11 +1,13 @@
 """From stored activations to the tables of `itda`: dictionaries layer by layer, then what is measured on them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from diffing_core.activation_pairs import StoredPair
 from diffing_core.band_examples import examples_by_band
 from diffing_core.fit_reading import FitReading
 from diffing_core.lazy import torch
@@ -46,13 +48,8 @@ def run(inputs: Inputs, settings: ItdaSettings) -> Tables:
     layers = reading.layers(settings.layers)
     special = [each for each in (pair.tokenizer.bos_token_id, pair.tokenizer.pad_token_id) if each is not None]
     chosen = Chosen(stored, reading, special, settings)
-    sources, results = Sources(reading, settings.context_tokens), []
-    with torch.inference_mode(), track(len(layers) * passes(settings.construction) * settings.max_tokens, "tokens", "itda") as advance:
-        for layer in layers:
-            at = stored.at(layer)
-            material, held_out = chosen.read(at)
-            found = kept_or_built(inputs[Need.FOLDER], layer, material, settings.construction, advance)
-            results.append(LayerResult(layer, material, held_out, found, sources, settings))
+    with torch.inference_mode():
+        results = _results(inputs[Need.FOLDER], stored, layers, chosen, Sources(reading, settings.context_tokens), settings)
         return {
             LAYERS.name: _of_rows(LAYERS, [each.layer_row() for each in results]),
             PASSES.name: _of_rows(PASSES, [row for each in results for row in each.pass_rows()]),
@@ -65,6 +62,28 @@ def run(inputs: Inputs, settings: ItdaSettings) -> Tables:
             SIMILARITY.name: _of_rows(SIMILARITY, similarity_rows(results)),
             ABLATIONS.name: _ablations(results, chosen, reading, settings),
         }
+
+
+def _results(
+    folder: Path, stored: StoredPair, layers: Sequence[int], chosen: Chosen, sources: Sources, settings: ItdaSettings
+) -> list[LayerResult]:
+    """Dictionaries of all layers; passes that a layer did not need count as done."""
+    how, results = settings.construction, []
+    tokens_per_layer = passes(how) * settings.max_tokens
+    with track(len(layers) * tokens_per_layer, "tokens", "itda") as advance:
+        for layer in layers:
+            done = 0
+
+            def watched(n_tokens: int, **measures: float) -> None:
+                nonlocal done
+                done += n_tokens
+                advance(n_tokens, **measures)
+
+            material, held_out = chosen.read(stored.at(layer))
+            found = kept_or_built(folder, layer, material, how, watched)
+            results.append(LayerResult(layer, material, held_out, found, sources, settings))
+            advance(tokens_per_layer - done, layer=layer, atoms=len(found.staged.whole))
+    return results
 
 
 def _tokens(results: Sequence[LayerResult], reading: FitReading, settings: ItdaSettings) -> pa.Table:

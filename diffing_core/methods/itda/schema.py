@@ -39,6 +39,8 @@ LAYERS = TableSpec(
         Column("tuned_fvu", "float64", "The same of tuned vectors.", low=0),
         Column("whole_fvu", "float64", "Of tuned vectors in base and added atoms.", low=0),
         Column("excess_fvu", "float64", "tuned_fvu − base_fvu.", "", "effect"),
+        Column("difference_fvu", "float64", "Unexplained variance of held-out tuned − base, predicted from the codes of tuned vectors "
+               "by what tuning did to their atoms' tokens; null where it does not vary.", nullable=True, low=0),
         Column("base_l0", "float64", "Mean number of atoms per held-out base vector, base atoms.", low=0),
         Column("tuned_l0", "float64", "The same of tuned vectors.", low=0),
         Column("whole_l0", "float64", "Of tuned vectors in base and added atoms.", low=0),
@@ -135,11 +137,11 @@ EXAMPLES = bands_spec(
 PATTERNS = TableSpec(
     "itda_patterns",
     "Size of leading new atoms' coefficients along their source snippets.",
-    ("layer", "atom", "offset"),
+    ("layer", "atom", "place"),
     (
         LAYER,
         ATOM,
-        Column("offset", "int32", "Place relative to the atom's token.", role="key"),
+        Column("place", "int32", "Place relative to the atom's token.", role="key"),
         Column("label", "string", "Layer, rank and token of the atom."),
         Column("token", "string", "Token there. Untrusted."),
         Column("tuned", "float64", "Absolute coefficient in the tuned model's vector, which has length 1.", "share of ‖h‖", "effect"),

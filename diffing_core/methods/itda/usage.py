@@ -77,6 +77,14 @@ class Usage:
         total = (vector_ND.double() - vector_ND.double().mean(0)).square().sum()
         return float(left_ND.double().square().sum() / total) if total > 0 else 0.0
 
+    def difference_fvu(self, turned_ID: Any) -> float | None:
+        """Unexplained variance of h_tuned − h_base when each atom of the tuned code brings what tuning did to its token [I, D]."""
+        base_ND, tuned_ND = self._vectors("base"), self._vectors("tuned")
+        difference_ND = tuned_ND - base_ND
+        left_ND = difference_ND - (self.in_all_atoms["tuned"] @ turned_ID) * tuned_ND.norm(dim=1, keepdim=True)
+        total = float((difference_ND.double() - difference_ND.double().mean(0)).square().sum())
+        return float(left_ND.double().square().sum()) / total if total > 0 else None
+
     def _vectors(self, side: str) -> Any:
         return getattr(self.held_out, f"{side}_ND")
 

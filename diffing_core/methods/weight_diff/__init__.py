@@ -17,7 +17,8 @@ the first 20 tokens 3 are words of the lesson with plain logits, 8 with cosines,
 
     intruder score:       1 − max_i |cos(u_k(W_tuned), u_i(W_base))|, largest over the leading k
 
-A high score means that finetuning put a direction among the leading ones that the base did not have.
+A high score means that finetuning put a direction among the leading ones that the base did not have. Of large matrices it
+is a bound, at least so much (direction_match.py). Experts that one tensor stacks are measured one by one.
 
 A singular direction has no sign; it is turned so that its farther-reaching end in the lens is "positive".
 Norms that some models apply between a module and the residual stream (Gemma 2, OLMo 2) are left out.

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from diffing_core.direction_match import bounded_match_of_leading, match_of_leading
 from diffing_core.lazy import torch
 from diffing_core.methods.weight_diff.declaration import TENSORS, WeightDiffSettings
-from diffing_core.spectra import ENERGY_SHARES, Spectrum, elementwise, match_of_leading, of_dense
+from diffing_core.spectra import ENERGY_SHARES, Spectrum, elementwise, of_dense
 from diffing_core.tensor_names import POSITIONS, module_of, place_of
 from diffing_core.weights import TensorDelta
 
@@ -133,17 +134,26 @@ def spectrum_rows(change: Change, n_leading: int) -> list[dict[str, Any]]:
 
 
 def intruder_rows(change: Change, settings: WeightDiffSettings) -> list[dict[str, Any]] | None:
-    """The leading directions of W_tuned and their best match in W_base; None where that is not computed."""
-    if change.spectrum is None or not 0 < min(change.delta.shape) <= settings.intruder_side:
+    """The leading directions of W_tuned and their best match in W_base, or a bound of it; None where neither is computed."""
+    shape = change.delta.shape
+    if change.spectrum is None or not min(shape):
+        return None
+    is_bound = min(shape) > settings.intruder_side
+    if is_bound and (shape[0] > shape[1] or settings.intruder_steps == 0):
         return None
     if not change.frobenius:
         return []
-    found = match_of_leading(change.base, change.tuned(), settings.intruders)
-    named = {"name": change.delta.name, "expert": change.delta.expert}
+    if is_bound:
+        given = (settings.intruders, settings.intruder_steps, settings.seed)
+        sigma_K, match_K = bounded_match_of_leading(change.base, change.tuned(), *given)
+        places = [None] * len(sigma_K)
+    else:
+        sigma_K, match_K, place_K = match_of_leading(change.base, change.tuned(), settings.intruders)
+        places = [place or None for place in place_K.tolist()]
+    named = {"name": change.delta.name, "expert": change.delta.expert, "is_bound": is_bound}
     return [
-        named | {"direction": number, "sigma": sigma, "match": match, "novelty": 1 - match}
-        | {"base_direction": place or None}
-        for number, (sigma, match, place) in enumerate(zip(*(each.tolist() for each in found), strict=True), 1)
+        named | {"direction": number, "sigma": sigma, "match": match, "novelty": 1 - match, "base_direction": place}
+        for number, (sigma, match, place) in enumerate(zip(sigma_K.tolist(), match_K.tolist(), places, strict=True), 1)
     ]
 
 

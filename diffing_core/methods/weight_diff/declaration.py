@@ -18,7 +18,10 @@ class WeightDiffSettings(Settings):
     leading: int = Field(64, ge=1, description="Leading singular values listed, and found of larger dense matrices.")
     intruders: int = Field(10, ge=1, description="Leading directions of W_tuned that are looked for in W_base.")
     intruder_side: int = Field(
-        512, ge=0, description="Smaller side up to which they are: 0.1 s a matrix at 512, 6 s at 2048."
+        512, ge=0, description="Smaller side up to which the match is exact: 0.1 s a matrix at 512, 6 s at 2048."
+    )
+    intruder_steps: int = Field(
+        64, ge=0, description="Beyond it, where there are no more outputs than inputs: steps of the bound of the match; 0: none."
     )
     intruder_below: float = Field(0.5, ge=0, le=1, description="A direction whose best match is below is an intruder.")
     seed: int = Field(0, ge=0, description="Of the random range finder.")
@@ -90,8 +93,9 @@ TENSORS = TableSpec(
             low=0,
         ),
         Column("cosine", "float64", "Cosine between W_base and W_tuned.", nullable=True),
-        _effect("intruder_score", "Largest novelty of W_tuned's leading directions; null above `intruder_side`."),
-        _effect("n_intruders", "How many of them match W_base less than `intruder_below`.", dtype="int32"),
+        _effect("intruder_score", "Largest novelty of W_tuned's leading directions, or at least so much (see the intruders); "
+                "null beyond `intruder_side` where there are more outputs than inputs."),
+        _effect("n_intruders", "How many of them are known to match W_base less than `intruder_below`.", dtype="int32"),
     ),
 )
 LAYERS = TableSpec(
@@ -130,9 +134,10 @@ INTRUDERS = TableSpec(
         EXPERT,
         Column("direction", "int32", "1 is the largest of W_tuned.", role="key", low=1),
         Column("sigma", "float64", "Singular value of W_tuned.", low=0),
-        Column("match", "float64", "Largest |cos| with any left singular vector of W_base.", low=0, high=1),
-        Column("base_direction", "int32", "Which one, 1 is the largest; null where the base is zero.", nullable=True),
-        _effect("novelty", "1 − match."),
+        Column("match", "float64", "Largest |cos| with any left singular vector of W_base, or what it is at most.", low=0, high=1),
+        Column("is_bound", "bool", "Whether it is a bound: beyond `intruder_side`."),
+        Column("base_direction", "int32", "Which one, 1 is the largest; null for bounds and where the base is zero.", nullable=True),
+        _effect("novelty", "1 − match; of a bound, what it is at least."),
     ),
 )
 DIRECTIONS = TableSpec(

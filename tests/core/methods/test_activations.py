@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,9 +221,9 @@ def counted_forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sequences of each forward from now on."""
     run_before, seen = passes.capture_residuals, []
 
-    def counting(subject, batch, *rest):
+    def counting(subject, batch, *others):
         seen.append(batch.sequences)
-        return run_before(subject, batch, *rest)
+        return run_before(subject, batch, *others)
 
     monkeypatch.setattr(passes, "capture_residuals", counting)
     return seen
@@ -281,6 +282,20 @@ def test_a_cohort_goes_on_from_what_one_of_its_pairs_left(tmp_path: Path, monkey
     both = run(tmp_path / "cut", one, two, budget=12)
     assert [result.error for result in both] == [None, None]
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_first_batch_of_which_nothing_is_shown_disturbs_no_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only folds that resume are told of rows passed over."""
+    whole = corpus()
+    longest = replace(whole.sequences[1], start=12)
+    probe = replace(whole, sequences=(whole.sequences[0], longest, whole.sequences[2]))
+    seen = counted_forwards(monkeypatch)
+    kl = get_method("kl")
+    both = [(ACTIVATIONS, ActivationsSettings(layers=(1,))), (kl, kl.settings())]
+    results = list(paired_pass([pair_of(subject(0), subject(1))], probe, both, store=tmp_path, tokens_per_batch=12))
+    assert [result.error for result in results] == [None, None]
+    assert seen == [(0,), (0,), (2,), (2,)]
+    assert rows(results[0])["base", 1]["n_tokens"] == 7 + 4
 
 
 def test_what_is_wholly_stored_takes_no_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

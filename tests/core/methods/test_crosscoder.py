@@ -392,7 +392,7 @@ def test_classes_by_norm(delta: float, name: str) -> None:
 
 
 @pytest.mark.parametrize(("width", "n_tokens", "latents", "rows", "k", "steps"), [
-    (32, 43, 64, 64, 8, 300), (64, 30_000, 468, 468, 16, 300), (2304, 100_000_000, 73_728, 2048, 100, 48_828),
+    (32, 43, 64, 64, 2, 300), (64, 30_000, 468, 468, 4, 300), (2304, 100_000_000, 73_728, 2048, 100, 48_828),
 ])  # fmt: skip
 def test_defaults_grow_with_model_and_corpus_to_the_published_ones(
     width: int, n_tokens: int, latents: int, rows: int, k: float, steps: int

@@ -84,7 +84,7 @@ def test_every_layer_that_is_wanted_has_its_rows_and_its_file(made: tuple[ModelP
     for row in tables["crosscoder_fits"].to_dicts():
         crosscoder, config = checkpoint.load((tmp_path / row["file"]).parent)
         assert crosscoder.n_latents == row["n_latents"] and config["threshold"] == row["threshold"]
-    with pytest.raises(NotComputableError, match="not stored"):
+    with pytest.raises(NotComputableError, match="no layer is stored"):
         run((made[0], StoredPair(made[1].store, *((f"{side}x", torch.float32) for side in "ab"), made[1].corpora)), tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_latents_are_counted_as_a_plain_loop_counts_them(made: tuple[ModelPair, 
     crosscoder, place, activations = some_crosscoder(), FitReading(pair, stored), stored.at(1)
     held_out, everything = Selection(part="held_out"), Outliers((np.inf, np.inf))
     shift_MD = (torch.zeros(WIDTH), torch.zeros(WIDTH))
-    found = Reading.of(crosscoder, activations, held_out, everything, place, shift_MD, 0)
+    found = Reading.of(crosscoder, activations, held_out, everything, place, shift_MD)
     rows = joined(list(activations.blocks()))
     code_NF = crosscoder.encode((rows.base_ND, rows.tuned_ND)).numpy()
     sequence_N, held_out_N = place.sequence_N(rows), held_out.keeps(rows)

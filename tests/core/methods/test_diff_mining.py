@@ -1,5 +1,6 @@
 """diff_mining: counts against plain references, tests over documents, topics, and the toolkit's defects."""
 
+import functools
 import itertools
 import pickle
 import subprocess
@@ -15,7 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from diffing_core.corpus import ProbeCorpus
 from diffing_core.findings import findings_table
 from diffing_core.methods.base import Tables
-from diffing_core.methods.diff_mining import METHOD
+from diffing_core.methods.diff_mining import METHOD, extremes
+from diffing_core.methods.diff_mining import fold as fold_module
 from diffing_core.methods.diff_mining.cleanup import is_punctuation
 from diffing_core.methods.diff_mining.evidence import log_odds, q_values, sign_flip_p_values
 from diffing_core.methods.diff_mining.extremes import largest
@@ -138,10 +140,14 @@ def test_ties_equal_a_stable_sort():
     np.testing.assert_array_equal(np.sort(ids_NK, 1), np.sort(expected_NK, 1))
 
 
+@pytest.mark.parametrize("on_processor", [True, False])
 @pytest.mark.parametrize("levels", [3, 50, 10**6])
-@pytest.mark.parametrize(("vocab_size", "k"), [(8192, 100), (8191, 100), (1003, 7), (997, 1), (120, 40), (30, 29)])
-def test_the_largest_are_those_of_a_stable_sort(vocab_size: int, k: int, levels: int):
-    """Few levels tie everywhere, many nowhere; sizes that groups divide and sizes that they do not."""
+@pytest.mark.parametrize(("vocab_size", "k"), [(8192, 100), (8191, 100), (1003, 7), (997, 1), (120, 40), (30, 29), (2, 1)])
+def test_the_largest_are_those_of_a_stable_sort(vocab_size: int, k: int, levels: int, on_processor: bool, monkeypatch):
+    """Few levels tie everywhere, many nowhere; sizes that groups divide and sizes that they do not; both searches."""
+    if not on_processor:
+        elsewhere = functools.partial(extremes._search, in_order=True)
+        monkeypatch.setattr(extremes, "_search_on_processor", elsewhere)
     draw = np.random.default_rng(0)
     values_NV = (draw.integers(levels, size=(20, vocab_size)) - levels // 2).astype(np.float32)
     values_NV[:5] = np.sort(values_NV[:5], axis=1)
@@ -200,6 +206,19 @@ def test_swapping_the_models_negates_signed_effects_and_swaps_the_ends(differenc
     for name in ("mean_difference", "log_odds", "log_odds_z"):
         assert there[name] == [-value for value in back[name]]
     assert there["q_value"] == back["q_value"]
+
+
+def test_results_do_not_depend_on_how_many_positions_are_counted_together(monkeypatch):
+    lengths = [9, 1, 14, 2, 30, 4, 7]
+    difference_MV = random_differences(5, sum(lengths), 60)
+    made = []
+    for together in (1, 10, 10**6):
+        monkeypatch.setattr(fold_module, "POSITIONS_TOGETHER", together)
+        made.append(mine(difference_MV, lengths, top_k=8, whole_vocabulary=True, merge_variants=True, min_documents=1))
+    for other in made[1:]:
+        assert {name: table.to_pylist() for name, table in other.items()} == {
+            name: table.to_pylist() for name, table in made[0].items()
+        }
 
 
 def test_results_do_not_depend_on_blocks_or_their_order():

@@ -145,7 +145,7 @@ def test_the_planted_direction_is_first_its_token_shown_and_its_texts_at_the_far
     best = examples.sort("rank").to_dicts()[0]
     assert best["sequence"] == 0
     assert best["tokens"][best["position"] - best["first_position"]].strip() == f"w{PLANTED}"
-    shown = findings(tables["arrow"], PcaSettings(shown_layers=(0.0,)))
+    shown = findings(tables["arrow"], PcaSettings(shown_layers=(0,)))
     assert shown[0].item.strip() == f"w{PLANTED}"
     assert 0 < shown[0].score <= first["explained_share"][0]
     tokens = [finding.item for finding in shown if finding.kind == "token"]
@@ -244,6 +244,15 @@ def test_a_layer_that_is_not_stored_is_refused(made: tuple[ModelPair, StoredPair
     missing = replace(stored, base=("elsewhere", stored.base[1]))
     with pytest.raises(NotComputableError, match="no layer is stored for both models"):
         run(pair, missing)
+
+
+def test_findings_are_of_the_deepest_block_read_or_of_those_named(made: tuple[ModelPair, StoredPair]) -> None:
+    pair, stored = made
+    tables = run(pair, stored, layers=(0, 1))
+    for settings, layers in ((PcaSettings(), {1}), (PcaSettings(shown_layers=(0,)), {0}), (PcaSettings(shown_layers=(0, 1)), {0, 1})):
+        assert {finding.layer for finding in findings(tables["arrow"], settings)} == layers
+    with pytest.raises(NotComputableError, match=r"shown_layers names block\(s\) \[2\], but \[0, 1\] are read"):
+        run(pair, stored, layers=(0, 1), shown_layers=(1.0,))
 
 
 def test_listed_components_are_no_more_than_asked_for(made: tuple[ModelPair, StoredPair]) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffing_core.direction_match import bounded_match_of_leading, match_of_leading
 from diffing_core.errors import ModelLoadError
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.weight_diff import INTRUDERS, METHOD, SPECTRUM, TENSORS, WeightDiffSettings, run
-from diffing_core.spectra import elementwise, match_of_leading
+from diffing_core.spectra import elementwise
 from diffing_core.weights import WeightPair
 
 SHAPES = {"layers.0.self_attn.q_proj": (20, 12), "layers.1.mlp.down_proj": (12, 30), "layers.1.mlp.gate_proj": (9, 9)}
@@ -193,6 +194,35 @@ def test_best_matches_of_leading_directions_equal_numpys(shape):
     assert place_K.tolist() == (cosines.argmax(1) + 1).tolist()
 
 
+@pytest.mark.parametrize("steps", [1, 4, 16, 64])
+@pytest.mark.parametrize("shape", [(40, 40), (40, 90)])
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_the_bound_of_a_match_is_never_below_it_and_meets_it_when_the_space_is_exhausted(shape, steps, decay):
+    """Also where ΔW is large (new directions), small (the base's own) and nothing (exactly the base's)."""
+    scale = torch.arange(1, shape[0] + 1, dtype=torch.float32)[:, None] ** -decay
+    before = gaussian(*shape, seed=1) * scale
+    for size in (0.0, 0.05, 3.0):
+        after = before + size * torch.outer(gaussian(shape[0], 1, seed=2)[:, 0], gaussian(shape[1], 1, seed=3)[:, 0])
+        sigma_K, bound_K = bounded_match_of_leading(before, after, 5, steps, 0)
+        exact_sigma_K, match_K, _ = match_of_leading(before, after, 5)
+        assert sigma_K.tolist() == pytest.approx(exact_sigma_K.tolist(), rel=1e-4)
+        assert (bound_K >= match_K - 1e-3).all()
+        if steps == 64:
+            assert bound_K.tolist() == pytest.approx(match_K.tolist(), abs=2e-2)
+
+
+def test_a_direction_spread_over_the_base_is_known_to_be_new_after_few_steps():
+    """With 400 directions alike a new one matches none; 24 products know it, and that the base's own are found."""
+    before = gaussian(400, 500, seed=1)
+    new = torch.outer(gaussian(400, 1, seed=2)[:, 0], gaussian(500, 1, seed=3)[:, 0])
+    _, bound_K = bounded_match_of_leading(before, before + 0.3 * new, 3, 24, 0)
+    _, match_K, _ = match_of_leading(before, before + 0.3 * new, 3)
+    assert match_K[0] < bound_K[0] < 0.5
+    left, _, right = torch.linalg.svd(before)
+    known = before + 60 * torch.outer(left[:, 0], right[0])
+    assert bounded_match_of_leading(before, known, 1, 24, 0)[1].tolist() == pytest.approx([1.0], abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_planted_intruder_dimension_is_found_with_its_value(base, tmp_path, kind):
     name = "layers.1.mlp.down_proj"
@@ -211,13 +241,18 @@ def test_a_planted_intruder_dimension_is_found_with_its_value(base, tmp_path, ki
     assert tensor["n_intruders"] >= 1 and tensor["intruder_score"] == max(row["novelty"] for row in found)
 
 
-def test_scaling_a_weight_brings_no_intruder_and_large_matrices_say_null(base, tmp_path):
+def test_scaling_a_weight_brings_no_intruder_and_large_matrices_say_bounds_or_null(base, tmp_path):
     tuned = checkpoint(tmp_path / "t", {name: weight * 1.5 for name, weight in BASE.items()})
     for row in rows(base, tuned):
         assert row["intruder_score"] < 1e-6 and row["n_intruders"] == 0
-    for row in rows(base, tuned, intruder_side=8):
+    for row in rows(base, tuned, intruder_side=8, intruder_steps=0):
         assert row["intruder_score"] is None and row["n_intruders"] is None
-    assert rows(base, tuned, INTRUDERS, intruder_side=8) == []
+    assert rows(base, tuned, INTRUDERS, intruder_side=8, intruder_steps=0) == []
+    bounded = {row["name"]: row["intruder_score"] for row in rows(base, tuned, intruder_side=8)}
+    tall = {f"{name}.weight" for name, (outputs, inputs) in SHAPES.items() if outputs > inputs}
+    assert {name for name, score in bounded.items() if score is None} == tall != set(bounded)
+    assert all(score < 1e-2 for score in bounded.values() if score is not None)
+    assert {row["is_bound"] for row in rows(base, tuned, INTRUDERS, intruder_side=8)} == {True}
     zero = checkpoint(tmp_path / "z", {name: torch.zeros_like(weight) for name, weight in BASE.items()})
     assert {row["intruder_score"] for row in rows(zero, base)} == {1.0}
     assert {row["base_direction"] for row in rows(zero, base, INTRUDERS)} == {None}

@@ -1,0 +1,110 @@
+"""How well the leading left singular vectors u of a changed matrix are found among all those of the base.
+
+    match = max_i |⟨u, u_i⟩|        c_i = ⟨u, u_i⟩        μ = Σ c_i² δ(σ_i²), the spectral measure of u in W₀W₀ᵀ
+
+Exactly, this takes every u_i: two whole eigendecompositions of the smaller side. A bound from above takes none: n steps of
+Lanczos from u on W₀W₀ᵀ give the n-point Gauss quadrature of μ, nodes θ_l with weights w_l, and between two neighbouring
+nodes μ has at most the mass w_l + w_{l+1} (Chebyshev, Markov and Stieltjes), a single c_i² therefore no more:
+
+    match² <= max_l (w_l + w_{l+1})
+
+A vector that the base has stands alone in μ, and the bound is tight; one that lies across many of the base's bulk is
+bounded by the share of it that falls between three nodes. Of a matrix with more outputs than inputs, W₀W₀ᵀ has a null space
+whose mass no node near 0 is told from; no bound is given there.
+
+Suffixes: M rows (outputs), N columns (inputs), K vectors, S steps.
+Reference: Shuttleworth et al. 2024 (intruder dimensions), arXiv 2410.21228; Golub and Meurant 2010 (Lanczos and quadrature).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from diffing_core.lazy import torch
+from diffing_core.spectra import ROWS_AT_ONCE, eigen
+
+_TOLERANCE = 1e-5  # of the leading vectors; products are float32
+_BREAKDOWN = 1e-6  # of the largest eigenvalue: what is left of an exhausted Krylov space
+
+
+def match_of_leading(base_MN: Any, tuned_MN: Any, n_leading: int) -> tuple[Any, Any, Any]:
+    """The leading left singular vectors u_k of `tuned` and their best match in `base`: σ_k, max_i |⟨u_k, u_i⟩| and i.
+
+    i counts from 1 and runs over all left singular vectors of the base: two whole eigendecompositions of the smaller
+    side. Without a base no vector is found: 0, and i = 0.
+    """
+    tall = base_MN.shape[0] > base_MN.shape[1]
+    base_sigma_K, base_KK = eigen(base_MN)
+    sigma_K, vectors_KK = (part[..., :n_leading] for part in eigen(tuned_MN))
+    if not len(base_sigma_K):
+        return sigma_K, torch.zeros_like(sigma_K), torch.zeros(len(sigma_K), dtype=torch.int64)
+    if tall:
+        parts = zip(base_MN.split(ROWS_AT_ONCE), tuned_MN.split(ROWS_AT_ONCE), strict=True)
+        back_NK = sum(base.double().T @ (tuned.double() @ vectors_KK) for base, tuned in parts)
+        inner_KK = (back_NK / sigma_K).T @ base_KK / base_sigma_K
+    else:
+        inner_KK = vectors_KK.T @ base_KK
+    match_K, place_K = inner_KK.abs().max(1)
+    return sigma_K, match_K.clamp(max=1), place_K + 1
+
+
+def bounded_match_of_leading(base_MN: Any, tuned_MN: Any, n_leading: int, n_steps: int, seed: int) -> tuple[Any, Any]:
+    """The leading left singular vectors of `tuned`, M <= N: σ_k, and a number that max_i |⟨u_k, u_i⟩| does not exceed.
+
+    Costs two products with W₀ of K columns a step, and some hundred with W_tuned of one column.
+    """
+    sigma_K, left_MK = _leading(tuned_MN, n_leading, seed)
+    if not base_MN.any():
+        return sigma_K, torch.zeros_like(sigma_K)
+    alpha_SK, beta_SK = _lanczos(base_MN, left_MK, n_steps)
+    match = [_largest_mass(alpha_SK[:, k], beta_SK[:, k]) ** 0.5 for k in range(len(sigma_K))]
+    return sigma_K, torch.tensor(match, dtype=torch.float64)
+
+
+def _leading(matrix_MN: Any, n_leading: int, seed: int) -> tuple[Any, Any]:
+    """Leading singular values and left vectors, float64, by restarted Lanczos."""
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    def gram(vector_M: np.ndarray) -> np.ndarray:
+        return (matrix_MN @ (matrix_MN.T @ torch.as_tensor(vector_M.reshape(-1)).float())).double().numpy()
+
+    m = len(matrix_MN)
+    k = min(n_leading, m - 1)
+    start_M = np.random.default_rng(seed).standard_normal(m)
+    operator = LinearOperator((m, m), matvec=gram, dtype=np.float64)
+    squares_K, left_MK = eigsh(operator, k, v0=start_M, tol=_TOLERANCE, ncv=min(m, max(4 * k, 40)))
+    order = np.argsort(-squares_K)
+    sigma_K = torch.as_tensor(squares_K[order].clip(min=0)).sqrt()
+    return sigma_K, torch.as_tensor(left_MK[:, order].copy())
+
+
+def _lanczos(matrix_MN: Any, start_MK: Any, n_steps: int) -> tuple[Any, Any]:
+    """α and β of K recurrences on W Wᵀ at once, [S, K] each, reorthogonalised; β is 0 where a Krylov space ends."""
+    vectors_SMK = torch.zeros(n_steps, *start_MK.shape, dtype=torch.float64)
+    alpha_SK, beta_SK = (torch.zeros(n_steps, start_MK.shape[1], dtype=torch.float64) for _ in range(2))
+    vectors_SMK[0] = start_MK / start_MK.norm(dim=0)
+    for step in range(n_steps):
+        now_MK = vectors_SMK[step]
+        next_MK = (matrix_MN @ (matrix_MN.T @ now_MK.float())).double()
+        alpha_SK[step] = (next_MK * now_MK).sum(0)
+        for _ in range(2):
+            inner_SK = (vectors_SMK[: step + 1] * next_MK).sum(1)
+            next_MK = next_MK - (vectors_SMK[: step + 1] * inner_SK[:, None]).sum(0)
+        size_K = next_MK.norm(dim=0)
+        going_K = size_K > _BREAKDOWN * alpha_SK.amax()
+        beta_SK[step] = size_K.where(going_K, 0.0)
+        if step + 1 < n_steps:
+            vectors_SMK[step + 1] = (next_MK / size_K).where(going_K, 0.0)
+    return alpha_SK, beta_SK
+
+
+def _largest_mass(alpha_S: Any, beta_S: Any) -> float:
+    """The most that a measure with these recurrence coefficients has at one point."""
+    ended = (beta_S == 0).nonzero()
+    n = int(ended[0]) + 1 if len(ended) else len(alpha_S)
+    off = beta_S[: n - 1]
+    _, vectors = torch.linalg.eigh(torch.diag(alpha_S[:n]) + torch.diag(off, 1) + torch.diag(off, -1))
+    weight_S = vectors[0] ** 2
+    if len(ended):  # the measure has these n points and no others
+        return min(1.0, weight_S.max().item())
+    return min(1.0, (weight_S[:-1] + weight_S[1:]).max().item()) if n > 1 else 1.0
