@@ -65,11 +65,11 @@ class LatentScaling:
 
     def add(self, code: SparseCode, targets: Mapping[str, Any], block: int) -> None:
         """Adds N tokens of one block of documents; targets are float32 [N, D]."""
-        together_NX = torch.cat([targets[name] for name in self._targets], dim=1)
-        product_FTD = code.transposed_times(together_NX).unflatten(1, (len(self._targets), -1))
-        for name, direction_FD in self._directions.items():
-            dot_FT = torch.bmm(product_FTD, direction_FD[:, :, None]).squeeze(2)
-            self._dots[name][block] += dot_FT.to(self._dots[name])
+        for place, target in enumerate(self._targets):
+            product_FD = code.transposed_times(targets[target])
+            for name, direction_FD in self._directions.items():
+                dot_F = torch.linalg.vecdot(product_FD, direction_FD)
+                self._dots[name][block, :, place] += dot_F.to(self._dots[name])
         self._squares_BF[block] += code.sums(code.value_A.double().square()).to(self._squares_BF)
         self._active_BF[block] += code.sums().to(self._active_BF)
         self._tokens_B[block] += len(code)

@@ -63,10 +63,15 @@ class SparseCode:
 
     def transposed_times(self, matrix_ND: Any) -> Any:
         """codeᵀ · matrix, [F, D]: for each latent the sum of rows, weighted by its values."""
+        return _product(*self._transposed, matrix_ND)
+
+    @cached_property
+    def _transposed(self) -> tuple[Any, Any, Any]:
+        """The entries in the order of latents: where each latent's begin, tokens, values."""
         order_A = self.latent_A.argsort(stable=True)
         start_F1 = torch.zeros(self.n_latents + 1, dtype=torch.int64, device=order_A.device)
         start_F1[1:] = torch.bincount(self.latent_A, minlength=self.n_latents).cumsum(0)
-        return _product(start_F1, self.row_A[order_A], self.value_A[order_A], matrix_ND)
+        return start_F1, self.row_A[order_A], self.value_A[order_A]
 
 
 def _product(start_R1: Any, column_A: Any, value_A: Any, matrix_CD: Any) -> Any:

@@ -14,7 +14,11 @@ import numpy as np
 
 from diffing_core.activation_pairs import POOL_ROWS, PairedActivations, PairedRows
 from diffing_core.errors import NotComputableError
+from diffing_core.lazy import torch
 from diffing_core.settings import short_hash
+from diffing_core.sums import Moments
+
+CAST_TOGETHER = 8192
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,17 @@ class Sample:
         rows = next(activations.shuffled(POOL_ROWS, seed=seed), None)
         if rows is None or len(rows) < 2:
             raise NotComputableError("fewer than two stored tokens to fit a crosscoder on; probe the pair with more text")
-        norms_MN = [each.float().norm(dim=1) for each in (rows.base_ND, rows.tuned_ND)]
-        outliers = Outliers(tuple(outlier_ratio * float(norm_N.median()) for norm_N in norms_MN))
+        usual_M = (np.median(_norms(each_ND)) for each_ND in (rows.base_ND, rows.tuned_ND))
+        outliers = Outliers(tuple(outlier_ratio * float(usual) for usual in usual_M))
         rows = outliers.kept(rows)
-        doubles = [each.double() for each in (rows.base_ND, rows.tuned_ND)]
-        means = [each_ND.mean(0) for each_ND in doubles]
+        both = rows.base_ND, rows.tuned_ND
+        moments = [_moments(each_ND) for each_ND in both]
         return cls(
             rows,
             outliers,
-            tuple(float(each_ND.norm(dim=1).mean()) for each_ND in doubles),
-            tuple(mean_D.float() for mean_D in means),
-            tuple(float((each - mean_D).square().sum(1).mean()) for each, mean_D in zip(doubles, means, strict=True)),
+            tuple(float(_norms(each_ND).mean(dtype=np.float64)) for each_ND in both),
+            tuple(torch.from_numpy(each.mean_D.astype(np.float32)) for each in moments),
+            tuple(float(each.variance_D().sum()) for each in moments),
         )
 
     def scale_M(self, common: bool) -> tuple[float, float]:
@@ -93,6 +97,18 @@ class Batches:
             rows = self.outliers.kept(rows)
             if len(rows):
                 yield rows.base_ND, rows.tuned_ND
+
+
+def _norms(activation_ND: Any) -> np.ndarray:
+    """Lengths, float32 [N]; cast piece by piece, since a pool in float64 would be as large as the memory of many machines."""
+    return np.concatenate([part_ND.float().norm(dim=1).numpy() for part_ND in activation_ND.split(CAST_TOGETHER)])
+
+
+def _moments(activation_ND: Any) -> Moments:
+    found = Moments(activation_ND.shape[1])
+    for part_ND in activation_ND.split(CAST_TOGETHER):
+        found.add(part_ND.float().numpy())
+    return found
 
 
 def pieces(rows: PairedRows, size: int, most: int) -> Iterator[tuple[Any, Any]]:
