@@ -18,7 +18,7 @@ from diffing_core.methods.sae_diff.dictionary import Scaling
 from diffing_core.methods.sae_diff.plan import Plan
 from diffing_core.methods.sae_diff.training import Material, trained
 
-WIDTH, ROWS, LENGTH, ROUNDS = 256, 32_768, 64, 3
+WIDTH, ROWS, LENGTH, ROUNDS = 256, 65_536, 64, 3
 
 
 def sae_training() -> list[Figure]:

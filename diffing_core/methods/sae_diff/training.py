@@ -22,8 +22,8 @@ from diffing_core.methods.sae_diff.plan import Plan
 from diffing_core.progress import track
 from diffing_core.sums import Moments
 
-MEASURED_ROWS = 4096
-LOG_ROWS = 12
+MEASURED_ROWS = 2048
+LOG_ROWS = 10
 CHECKPOINT_STEPS = 1000
 
 
@@ -57,7 +57,7 @@ class Material:
 
     def some(self, part: str) -> Any:
         """At most MEASURED_ROWS vectors of a part, drawn from all over; None where it has no rows."""
-        first = next(self.part(part).shuffled(MEASURED_ROWS, seed=0), None)
+        first = next(self.part(part).shuffled(MEASURED_ROWS, seed=0, pool_rows=4 * MEASURED_ROWS), None)
         return None if first is None else self.vectors(first)
 
 
