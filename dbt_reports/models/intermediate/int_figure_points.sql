@@ -14,13 +14,13 @@ union all
 
 select
     run_id, organism, model, variant, corpus, method, 1 as figure,
-    'bar' as kind, 'KL removed by sets of latents' as title,
-    'set' as x_title, 'removed_share' as value_title,
-    '' as series_title, 12 as most, false as is_log,
-    set::varchar as x, null::double as x_number,
-    ''::varchar as series, max(removed_share)::double as value,
+    'heatmap' as kind, 'Share of the KL that sets of latents account for' as title,
+    'action' as x_title, 'kl_share' as value_title,
+    'latent_set' as series_title, 12 as most, false as is_log,
+    action::varchar as x, null::double as x_number,
+    latent_set::varchar as series, max(kl_share)::double as value,
 from {{ source('raw', 'crosscoder_causal') }}
-where set is not null and removed_share is not null and method = 'crosscoder'
+where action is not null and latent_set is not null and kl_share is not null and method = 'crosscoder'
 group by all
 
 union all

@@ -47,9 +47,9 @@ measured as (
         fits.* exclude (part, n_latents),
         n_latents as n_atoms,
         n_specific,
-        removed_share as kl_removed,
-        removed_share_low as kl_removed_low,
-        removed_share_high as kl_removed_high,
+        kl_share as kl_removed,
+        kl_share_low as kl_removed_low,
+        kl_share_high as kl_removed_high,
     from {{ ref('stg_crosscoder_fits') }} as fits
     left join crosscoder_specific using (run_id, layer)
     left join crosscoder_removed using (run_id, layer)

@@ -11,11 +11,11 @@ renamed as (
         corpus,
         method,
         layer,
-        "set" as latents,
+        latent_set as latents,
         action,
-        removed_share,
-        removed_share_low,
-        removed_share_high,
+        kl_share,
+        kl_share_low,
+        kl_share_high,
     from source
 )
 

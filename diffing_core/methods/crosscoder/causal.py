@@ -6,8 +6,8 @@
     ĥ        h = ĥ_tuned                                           what the crosscoder itself loses, for comparison
 
 The tuned model's blocks above the layer run on h, and KL(p_tuned ‖ p_patched) is averaged over the tokens; S empty and
-`add` is the base's stream as it is, against which the removed share is counted. Intervals are of a bootstrap over
-documents. Tokens that the crosscoder does not read have no active latent.
+`add` is the base's stream as it is. Of its KL a set accounts for what adding it takes away, or what removing it brings.
+Intervals are of a bootstrap over documents. Tokens that the crosscoder does not read have no active latent.
 
 Reference: https://arxiv.org/abs/2504.02922, section 3.3.
 
@@ -43,12 +43,12 @@ class Condition(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """Mean KL per token over sequences, with interval, and the share of the base's KL that is removed, with its."""
+    """Mean KL per token over sequences, and the share of the base's KL that the set accounts for, with intervals."""
 
     kl_nats: float
     kl_interval: Interval
-    removed: float | None
-    removed_interval: Interval | None
+    share: float | None
+    share_interval: Interval | None
 
 
 def conditions(sets: Mapping[str, np.ndarray], candidates: np.ndarray, everything: np.ndarray, seed: int) -> list[Condition]:
@@ -79,7 +79,7 @@ def causal_effects(
             counts_S.append(np.bincount(row_N, minlength=n_rows))
             sums_CS.append(np.stack([np.bincount(row_N, kl_N, minlength=n_rows) for kl_N in kl_CN]))
     sum_CS, count_S = np.concatenate(sums_CS, axis=1), np.concatenate(counts_S)
-    return _effects(sum_CS, count_S, tokens.seed), int(count_S.sum()), len(count_S)
+    return _effects(tried, sum_CS, count_S, tokens.seed), int(count_S.sum()), len(count_S)
 
 
 class Read(NamedTuple):
@@ -153,18 +153,19 @@ def _logprobs(reading: FitReading, layer: int, batch: TokenBatch, state_ND: Any)
     return logits_NV[:, :n_seen].float().log_softmax(-1)
 
 
-def _effects(sum_CS: np.ndarray, count_S: np.ndarray, seed: int) -> list[Effect]:
+def _effects(tried: Sequence[Condition], sum_CS: np.ndarray, count_S: np.ndarray, seed: int) -> list[Effect]:
     drawn_RS = np.random.default_rng(seed).multinomial(len(count_S), np.full(len(count_S), 1 / len(count_S)), RESAMPLES)
     drawn_CR = (sum_CS @ drawn_RS.T) / np.maximum(drawn_RS @ count_S, 1)
     mean_C = sum_CS.sum(1) / count_S.sum()
+    usable_R = drawn_CR[0] > 0
     found = []
-    for mean, drawn_R in zip(mean_C, drawn_CR, strict=True):
-        removed = interval = None
-        usable_R = drawn_CR[0] > 0
+    for condition, mean, drawn_R in zip(tried, mean_C, drawn_CR, strict=True):
+        share = interval = None
         if mean_C[0] > 0 and usable_R.any():
-            removed = float(1 - mean / mean_C[0])
-            interval = _percentiles(1 - drawn_R[usable_R] / drawn_CR[0][usable_R])
-        found.append(Effect(float(mean), _percentiles(drawn_R), removed, interval))
+            left, left_R = mean / mean_C[0], drawn_R[usable_R] / drawn_CR[0][usable_R]
+            share, share_R = (left, left_R) if condition.action == "remove" else (1 - left, 1 - left_R)
+            share, interval = float(share), _percentiles(share_R)
+        found.append(Effect(float(mean), _percentiles(drawn_R), share, interval))
     return found
 
 

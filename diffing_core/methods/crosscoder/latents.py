@@ -22,6 +22,7 @@ from diffing_core.methods.crosscoder.partition import OWNERS
 from diffing_core.methods.crosscoder.reading import Reading
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 
+SPECIFIC = ("tuned_only", "moved")  # classes by Latent Scaling of what the base has not
 NORM_CLASSES = (("base_only", 0.0, 0.1), ("shared", 0.4, 0.6), ("tuned_only", 0.9, 1.0))  # with their edges
 
 

@@ -188,7 +188,8 @@ def test_causal_effects_equal_those_of_a_forward_from_the_patched_stream(made: t
             other_NV = logprobs_from(pair.tuned, layer, batch.token_BT, state_ND)
             totals[place] += float((own_NV.exp() * (own_NV - other_NV)).sum())
     np.testing.assert_allclose([effect.kl_nats for effect in found], totals / n_tokens, rtol=1e-3, atol=1e-6)
-    assert found[1].removed == pytest.approx(1 - totals[1] / totals[0], abs=1e-3)
+    shares = [effect.share for effect in found]
+    assert shares == pytest.approx([0, 1 - totals[1] / totals[0], totals[2] / totals[0]], abs=1e-3)
     for effect in found:
         assert effect.kl_interval.low <= effect.kl_nats <= effect.kl_interval.high
 
@@ -219,8 +220,8 @@ def test_a_reconstruction_without_error_takes_all_the_divergence_away(made: tupl
     by_name = {(condition.name, condition.action): effect for condition, effect in zip(tried, found, strict=True)}
     assert by_name["none", "add"].kl_nats > 0.001
     for key in (("all", "add"), ("all and biases", "add"), ("reconstruction", "replace")):
-        assert by_name[key].kl_nats < 1e-5 and by_name[key].removed > 0.99, key
-    assert by_name["all", "remove"].kl_nats == pytest.approx(by_name["none", "add"].kl_nats, rel=1e-3)
+        assert by_name[key].kl_nats < 1e-5 and by_name[key].share > 0.99, key
+    assert by_name["all", "remove"].share == pytest.approx(1.0, rel=1e-3)
 
 
 def test_controls_are_as_large_as_their_set_and_share_nothing_with_it() -> None:

@@ -1,0 +1,152 @@
+"""One layer: its crosscoder is fitted, read over all tokens, put to the causal test, and written down in tables."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from diffing_core.activation_pairs import StoredPair
+from diffing_core.band_examples import examples_by_band
+from diffing_core.fit_reading import FitReading
+from diffing_core.lens_tables import lens_table
+from diffing_core.methods.crosscoder.causal import Read, causal_effects, conditions
+from diffing_core.methods.crosscoder.checkpoint import WEIGHTS
+from diffing_core.methods.crosscoder.declaration import CAUSAL, EXAMPLES, FITS, LATENTS, STEERING, TOKENS, TRAINING
+from diffing_core.methods.crosscoder.fitting import Fitted, fit, selection
+from diffing_core.methods.crosscoder.latents import SPECIFIC, latent_table
+from diffing_core.methods.crosscoder.reading import Reading
+from diffing_core.methods.crosscoder.settings import CrosscoderSettings
+from diffing_core.models import ModelPair
+from diffing_core.steering import steering_table
+
+
+class Layer:
+    """A crosscoder fitted on one layer and read once; `tables` says all that was found."""
+
+    def __init__(
+        self, layer: int, stored: StoredPair, pair: ModelPair, reading: FitReading, settings: CrosscoderSettings, folder: Path
+    ) -> None:
+        self._layer, self._reading, self._settings, self._pair = layer, reading, settings, pair
+        self._activations = stored.at(layer)
+        self._file = f"layer{layer}/{WEIGHTS}"
+        self._fitted: Fitted = fit(self._activations, settings, folder / f"layer{layer}", pair.tuned.device)
+        self._rows = self._activations.of(selection(settings, "all"))
+        self._seen = Reading.of(
+            self._fitted.crosscoder,
+            self._rows,
+            selection(settings, "held_out"),
+            self._fitted.sample.outliers,
+            reading,
+            self._fitted.sample.mean_MD,
+        )
+        self._latents = latent_table(layer, self._fitted.crosscoder, self._seen, settings)
+
+    def tables(self) -> dict[str, pa.Table]:
+        """All of them, by name."""
+        listed = self._listed()
+        base_FD, tuned_FD = (each_FD.cpu().numpy() for each_FD in self._fitted.crosscoder.directions())
+        moved_GD = (tuned_FD - base_FD)[listed]
+        keys = {"layer": [self._layer] * len(listed), "latent": listed.tolist()}
+        steered = slice(0, self._settings.steered)
+        context, norm = self._reading.context, self._reading.mean_norm(self._layer)
+        return {
+            FITS.name: self._fit_table(),
+            LATENTS.name: self._latents,
+            TRAINING.name: self._training_table(),
+            CAUSAL.name: self._causal_table(),
+            TOKENS.name: lens_table(TOKENS, self._reading.lens, context, moved_GD, keys, self._settings.top_tokens),
+            EXAMPLES.name: examples_by_band(EXAMPLES, self._reading, lambda: self._codes(listed), keys, self._settings.per_band),
+            STEERING.name: steering_table(
+                STEERING,
+                self._pair,
+                moved_GD[steered],
+                [(self._layer, norm)] * len(moved_GD[steered]),
+                {name: values[steered] for name, values in keys.items()},
+                self._settings,
+            ),
+        }
+
+    def _listed(self) -> np.ndarray:
+        """Latents that contribute to δ, most first."""
+        size_F = self._latents["difference_rms"].to_numpy()
+        order = np.argsort(-size_F, kind="stable")[: self._settings.listed]
+        return order[size_F[order] > 0]
+
+    def _codes(self, latents: np.ndarray) -> Any:
+        """The rows that were read, and the code of these latents, [G, N]."""
+        some = self._fitted.crosscoder.only(latents)
+        for rows in self._rows.blocks() if len(latents) else ():
+            rows = self._fitted.sample.outliers.kept(rows)
+            if len(rows):
+                yield rows, some.encode((rows.base_ND, rows.tuned_ND)).T.cpu().numpy()
+
+    def _fit_table(self) -> pa.Table:
+        crosscoder, plan, seen = self._fitted.crosscoder, self._fitted.plan, self._seen
+        active = {"fit": seen.fit_active_F, "held_out": seen.held_out_active_F}
+        rows = [
+            {
+                "layer": self._layer,
+                "part": part,
+                "n_tokens": found.n_tokens,
+                "fvu_base": found.fvu("base"),
+                "fvu_tuned": found.fvu("tuned"),
+                "fvu_difference": found.fvu("difference"),
+                "l0": found.n_active / found.n_tokens if found.n_tokens else None,
+                "dead_share": float((active[part] == 0).double().mean()),
+                "n_latents": crosscoder.n_latents,
+                "k": float(plan.k),
+                "threshold": crosscoder.threshold,
+                "scale_base": crosscoder.scale_M[0],
+                "scale_tuned": crosscoder.scale_M[1],
+                "n_steps": plan.steps,
+                "file": self._file,
+            }
+            for part, found in seen.fits.items()
+        ]
+        return FITS.table({name: [row[name] for row in rows] for name in FITS.schema.names})
+
+    def _training_table(self) -> pa.Table:
+        rows = [{"layer": self._layer, **row} for row in self._fitted.log]
+        return TRAINING.table({name: [row[name] for row in rows] for name in TRAINING.schema.names})
+
+    def _causal_table(self) -> pa.Table:
+        settings, sample = self._settings, self._fitted.sample
+        alive = np.flatnonzero(~self._latents["is_dead"].to_numpy(zero_copy_only=False))
+        tried = conditions(self._sets(), alive, alive, settings.seed)
+        tokens = Read(settings.causal_tokens, settings.first_position, sample.outliers, settings.seed)
+        effects, n_tokens, n_sequences = causal_effects(self._fitted.crosscoder, self._reading, self._layer, tried, tokens)
+        rows = [
+            {
+                "layer": self._layer,
+                "latent_set": condition.name,
+                "action": condition.action,
+                "n_latents": len(condition.latents),
+                "kl_nats": effect.kl_nats,
+                "kl_nats_low": effect.kl_interval.low,
+                "kl_nats_high": effect.kl_interval.high,
+                "kl_share": effect.share,
+                "kl_share_low": effect.share_interval and effect.share_interval.low,
+                "kl_share_high": effect.share_interval and effect.share_interval.high,
+                "reconstruction_kl_nats": effects[-1].kl_nats,
+                "n_tokens": n_tokens,
+                "n_sequences": n_sequences,
+            }
+            for condition, effect in zip(tried[:-1], effects[:-1], strict=True)
+        ]
+        return CAUSAL.table({name: [row[name] for row in rows] for name in CAUSAL.schema.names})
+
+    def _sets(self) -> dict[str, np.ndarray]:
+        """Latents by Latent Scaling (class, and both ends of its ranks), by decoder norm, and those that are listed; none empty."""
+        columns = {name: np.asarray(self._latents[name].to_pylist(), object) for name in ("scaling_class", "norm_class", "rank_sum")}
+        ranked = np.flatnonzero(columns["rank_sum"] != None)  # noqa: E711 - elementwise
+        ranked = ranked[np.argsort(columns["rank_sum"][ranked].astype(np.int64), kind="stable")]
+        end = round(self._settings.causal_share * len(ranked))
+        sets = {
+            "tuned_only by scaling": np.flatnonzero(np.isin(columns["scaling_class"], SPECIFIC)),
+            "tuned_only by norm": np.flatnonzero((columns["norm_class"] == "tuned_only") & (self._seen.n_active_F.cpu().numpy() > 0)),
+            "most tuned by scaling": np.sort(ranked[:end]),
+            "least tuned by scaling": np.sort(ranked[len(ranked) - end :]),
+            "listed": np.sort(self._listed()),
+        }
+        return {name: latents for name, latents in sets.items() if len(latents)}
