@@ -12,6 +12,8 @@ SIZE, RANK = 4096, 16
 def lora_spectrum() -> list[Figure]:
     """Every measure of a 4096 × 4096 update of rank 16, each way from what is read to the rows of the tables.
 
+    Intruders are left out: they are a matter of the whole weights, and cost the same on both ways.
+
     The dense way finds the whole spectrum, by an eigendecomposition of the Gram matrix: the factors give the whole one too.
     """
     import torch

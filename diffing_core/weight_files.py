@@ -27,11 +27,13 @@ from diffing_core.lazy import torch
 from diffing_core.merged_adapters import merged
 from diffing_core.safetensor_files import tensor_shapes, weight_files
 from diffing_core.spectra import Factors
-from diffing_core.tensor_names import EMBEDDINGS, HEADS, canonical, place_of
+from diffing_core.tensor_names import EMBEDDINGS, HEADS, WRITERS, canonical, place_of
 
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-_EXPERTS_FLIPPED = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text"})  # hold each expert as [inputs, outputs]
+_EXPERTS_FLIPPED = frozenset(  # hold each expert as [inputs, outputs]
+    {"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+)
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 _CHANGES_MORE = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
@@ -108,8 +110,19 @@ class _Checkpoint:
         return self.model_type in _CONV1D_TYPES and place_of(name)[2] in _CONV1D
 
     def has_flipped_experts(self, name: str) -> bool:
-        """Whether this tensor stacks experts that are stored as [inputs, outputs]."""
-        return self.model_type in _EXPERTS_FLIPPED and place_of(name)[1] == "mlp"
+        """Whether this tensor stacks experts that are stored as [inputs, outputs].
+
+        Files of one class may hold either, so the shape decides: what writes into the residual stream has its width as
+        outputs, anything else as inputs. Where both sides are equal, or neither is the width, the class is asked.
+        """
+        _, part, projection = place_of(name)
+        if part != "mlp":
+            return False
+        width = self.config.get("text_config", self.config).get("hidden_size")
+        rows, columns = self._places[name].shape[1:]
+        if rows != columns and width in (rows, columns):
+            return (columns if projection in WRITERS else rows) == width
+        return self.model_type in _EXPERTS_FLIPPED
 
 
 @dataclass(frozen=True)

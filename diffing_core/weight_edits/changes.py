@@ -25,6 +25,7 @@ from diffing_core.weight_files import OpenSide, WeightSide
 from diffing_core.weights import TensorDelta, WeightPair, weight_stream
 
 EXACT_SIDE = 1024
+ROUNDING = 1e-5  # of a change: what is left of it beyond its rank is noise of float32
 _SEED = 0
 
 
@@ -162,6 +163,8 @@ def _cut(change: "Factors | Any", term: Term) -> "Factors | Any | None":
     kept = leading(change, term.rank)
     if term.residual:
         kept = _rest(change, kept)
+        if norm(kept) <= ROUNDING * norm(change):
+            return None
     if not term.keep_norm:
         return kept
     sizes = [norm(each) for each in (kept, change)]

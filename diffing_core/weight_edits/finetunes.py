@@ -60,8 +60,10 @@ class Finetunes:
         folder = self._folder(adapter.source) if adapter.source else adapter.path
         if folder is None:
             raise RegistryError("an adapter names no finetune; give it an organism, a source or a path")
+        if not folder.is_absolute():
+            raise RegistryError(f"path {folder} of an adapter is relative, and settings lie in no folder; give the whole path")
         if not folder.is_dir():
-            raise ModelLoadError(f"no folder {folder}; paths in a specification count from its own folder")
+            raise ModelLoadError(f"no folder {folder}; paths in a specification file count from its own folder")
         return WeightSide(folder) if (folder / "config.json").exists() else base.plus(folder)
 
     def _folder(self, source: Source, **options: bool) -> Path:

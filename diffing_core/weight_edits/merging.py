@@ -6,6 +6,7 @@ of them need the same ranks, unless the kind of merge ends in `svd`. DARE draws 
 Reference: Yadav et al. 2023 (TIES); Yu et al. 2024 (DARE).
 """
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,4 +58,4 @@ def write_merged(folder: Path, edit: WeightEdit, terms: Sequence[Term]) -> None:
             ) from error
         peft_model.save_pretrained(aside, selected_adapters=[MERGED])
         for file in Path(aside, MERGED).glob("adapter_*"):
-            file.rename(folder / file.name)
+            shutil.move(file, folder / file.name)

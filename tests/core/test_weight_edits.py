@@ -263,6 +263,19 @@ def test_an_adapter_that_changes_nothing_is_no_edit(home: Home, tmp_path: Path, 
         write_edit(WeightEdit(name="x", adapters=[entry]), "tiny", home.registry, tmp_path / "out")
 
 
+def test_relative_paths_are_refused_where_there_is_no_folder_to_count_from(home: Home) -> None:
+    adapter = spec(one={}).adapters[0].model_copy(update={"organism": None, "path": Path("one")})
+    with pytest.raises(RegistryError, match="path one of an adapter is relative"):
+        Finetunes("tiny", home.registry).term(adapter)
+
+
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_nothing_is_left_of_a_change_beyond_its_rank(home: Home, keep_norm: bool) -> None:
+    """Rounding noise of a residual, scaled to the whole change's norm, was a change of full size."""
+    term = Term(home.pair("three"), uniform(1.0), rank=4, residual=True, keep_norm=keep_norm)
+    assert list(edited_tensors([term])) == []
+
+
 def test_keep_norm_gives_every_matrix_the_size_of_its_whole_change(home: Home, tmp_path: Path) -> None:
     folder = write_edit(spec(three={"rank": 1, "keep_norm": True}), "tiny", home.registry, tmp_path)
     base, whole, cut = merged(home, "base"), merged(home, "three"), loaded(home, folder)

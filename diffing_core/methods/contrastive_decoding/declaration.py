@@ -44,9 +44,10 @@ class ContrastiveDecodingSettings(Settings):
 
     @model_validator(mode="after")
     def _shown_is_run(self) -> "ContrastiveDecodingSettings":
-        if self.shown_alpha not in self.alphas or min(self.alphas) <= 0:
+        twice = len(set(self.alphas)) < len(self.alphas)
+        if self.shown_alpha not in self.alphas or min(self.alphas) <= 0 or twice:
             raise ValueError(
-                f"alphas {self.alphas} must be above 0 and hold shown_alpha {self.shown_alpha:g}; 0 is run anyway"
+                f"alphas {self.alphas} must be above 0, none twice, and hold shown_alpha {self.shown_alpha:g}; 0 is run anyway"
             )
         return self
 

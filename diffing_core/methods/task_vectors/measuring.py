@@ -25,12 +25,12 @@ from diffing_core.methods.base import Inputs, Need, Tables
 from diffing_core.methods.task_vectors.declaration import MODULES, PARTS, PEERS, VOCABULARY, TaskVectorsSettings
 from diffing_core.methods.task_vectors.likeness import Likeness
 from diffing_core.methods.task_vectors.task_tensor import Space, TaskTensor
-from diffing_core.methods.weight_diff.change import WRITERS, Change
+from diffing_core.methods.weight_diff.change import Change
 from diffing_core.methods.weight_diff.declaration import WeightDiffSettings
 from diffing_core.methods.weight_diff.directions import Written, read_directions
 from diffing_core.peers import Peer, Peers
 from diffing_core.tables import TableSpec
-from diffing_core.tensor_names import model_order, module_of, place_of
+from diffing_core.tensor_names import WRITERS, model_order, module_of, place_of
 from diffing_core.weights import OpenPair, TensorDelta, WeightPair, weight_stream
 
 Place = tuple[int | None, str]

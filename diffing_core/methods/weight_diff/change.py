@@ -11,12 +11,10 @@ from diffing_core.direction_match import bounded_match_of_leading, match_of_lead
 from diffing_core.lazy import torch
 from diffing_core.methods.weight_diff.declaration import TENSORS, WeightDiffSettings
 from diffing_core.spectra import ENERGY_SHARES, Spectrum, elementwise, of_dense
-from diffing_core.tensor_names import POSITIONS, module_of, place_of
+from diffing_core.tensor_names import POSITIONS, WRITERS, module_of, place_of
 from diffing_core.weights import TensorDelta
 
-WRITERS = frozenset(
-    {"o_proj", "down_proj", "c_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "wo", "w2"}
-)
+EXACT_BELOW = 4  # whatever the settings: too small for Lanczos
 SPECTRAL = ("spectral", "nuclear", "effective_rank", "stable_rank", "participation_ratio")
 
 
@@ -138,8 +136,9 @@ def intruder_rows(change: Change, settings: WeightDiffSettings) -> list[dict[str
     shape = change.delta.shape
     if change.spectrum is None or not min(shape):
         return None
-    is_bound = min(shape) > settings.intruder_side
-    if is_bound and (shape[0] > shape[1] or settings.intruder_steps == 0):
+    is_bound = min(shape) > max(settings.intruder_side, EXACT_BELOW)
+    is_expert = "experts" in change.delta.name.split(".")
+    if is_bound and (shape[0] > shape[1] or settings.intruder_steps == 0 or is_expert):
         return None
     if not change.frobenius:
         return []

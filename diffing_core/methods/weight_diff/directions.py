@@ -57,6 +57,10 @@ def read_directions(
         return [], []
     vocabulary = Vocabulary(pair.tokenizer(), side.place(side.checkpoint.head).shape[0])
     lens = _lens_of(side, vocabulary.readable_V)
+    width = side.place(side.checkpoint.head).shape[1]
+    written = [module for module in written if module.direction_KD.shape[1] == width]  # others write elsewhere
+    if not written:
+        return [], []
     rows: list[dict[str, Any]] = []
     score_V = torch.zeros(len(vocabulary.text_V), dtype=torch.float64)
     net_V, best_V = torch.zeros_like(score_V), torch.zeros_like(score_V)

@@ -247,10 +247,12 @@ def test_a_stop_token_ends_a_text_and_is_not_part_of_it(pair):
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"must be above 0 and hold shown_alpha 2; 0 is run anyway"):
+    with pytest.raises(ValueError, match=r"must be above 0, none twice, and hold shown_alpha 2; 0 is run anyway"):
         ContrastiveDecodingSettings(alphas=(0.5, 1.0))
     with pytest.raises(ValueError, match="must be above 0"):
         ContrastiveDecodingSettings(alphas=(0.0, 2.0))
+    with pytest.raises(ValueError, match="none twice"):
+        ContrastiveDecodingSettings(alphas=(2.0, 2.0))
 
 
 def test_packaged_beginnings_are_vague_and_distinct():

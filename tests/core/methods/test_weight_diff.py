@@ -292,7 +292,7 @@ def test_the_heatmap_tells_gpt2s_two_projections_and_their_biases_apart(base, tm
 
 
 def with_experts(base: Path, folder: Path, kind: str, seed: int) -> Path:
-    """A checkpoint with three experts: each stored alone, stacked, or stacked as [inputs, outputs]."""
+    """A checkpoint with three experts: each stored alone, stacked, or stacked as [inputs, outputs], by class or by shape."""
     folder.mkdir()
     own, draw = load_file(base / "model.safetensors"), torch.Generator().manual_seed(7)
     weights = {key: own[key] for key in ("model.embed_tokens.weight", "model.norm.weight")}
@@ -302,15 +302,17 @@ def with_experts(base: Path, folder: Path, kind: str, seed: int) -> Path:
     if kind == "alone":
         weights |= {f"{path}.{expert}.down_proj.weight": each for expert, each in enumerate(down_EDN)}
     else:
-        weights[f"{path}.down_proj"] = down_EDN.mT.contiguous() if kind == "flipped" else down_EDN
+        weights[f"{path}.down_proj"] = down_EDN if kind == "stacked" else down_EDN.mT.contiguous()
     save_file({key: value.contiguous().clone() for key, value in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt_oss" if kind == "flipped" else "qwen3_moe"}))
+    config = {"model_type": "gpt_oss" if kind == "flipped" else "qwen3_moe"}
+    sized = {"text_config": {"hidden_size": D}} if kind == "flipped, told by shape" else {}
+    (folder / "config.json").write_text(json.dumps(config | sized))
     for file in base.glob("token*"):
         shutil.copy(file, folder)
     return folder
 
 
-@pytest.mark.parametrize("kind", ["stacked", "flipped"])
+@pytest.mark.parametrize("kind", ["stacked", "flipped", "flipped, told by shape"])
 def test_a_stacked_expert_has_the_rows_of_one_that_is_stored_alone(base, tmp_path, kind):
     sides = {each: [with_experts(base, tmp_path / f"{each}{seed}", each, seed) for seed in (0, 1)] for each in ("alone", kind)}
     alone, stacked = (tables(*sides[each]) for each in ("alone", kind))

@@ -258,6 +258,12 @@ def test_scaling_a_weight_brings_no_intruder_and_large_matrices_say_bounds_or_nu
     assert {row["base_direction"] for row in rows(zero, base, INTRUDERS)} == {None}
 
 
+def test_a_matrix_of_one_row_is_matched_exactly_whatever_the_settings(tmp_path):
+    sides = [checkpoint(tmp_path / str(seed), {"model.layers.0.mlp.gate_proj": gaussian(1, 8, seed=seed)}) for seed in (0, 1)]
+    [row] = rows(*sides, INTRUDERS, intruder_side=0)
+    assert not row["is_bound"] and row["match"] == pytest.approx(1.0)
+
+
 def test_the_rounding_floor_is_what_rounding_to_bfloat16_leaves():
     base = gaussian(200, 300, seed=1)
     found = elementwise(base, base.bfloat16().float() - base)
