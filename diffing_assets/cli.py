@@ -71,14 +71,20 @@ def demo(tier: Annotated[str, typer.Option(help="tiny, demo or large.")] = "demo
 
 @app.command()
 def methods() -> None:
-    """The methods: kind, version, tables and reference."""
-    from diffing_core.methods import all_methods
+    """The methods: what each answers, what it reads, and where it comes from."""
+    from diffing_core.methods import all_methods, description_of
+    from diffing_core.methods.base import Need
 
     rows = [
-        [each.name, each.kind, each.version, ", ".join(spec.name for spec in each.tables), each.reference]
+        [
+            each.name,
+            description_of(each).split("\n")[0],
+            ", ".join(sorted(need.value for need in each.needs - {Need.FOLDER})),
+            each.reference,
+        ]
         for each in all_methods().values()
     ]
-    _print_table(["method", "kind", "version", "tables", "reference"], rows)
+    _print_table(["method", "what it answers", "reads", "reference"], rows)
 
 
 @app.command()

@@ -5,7 +5,6 @@ pass runs once per corpus, and each method's result is stored when it is complet
 loaded or a method that fails ends alone: the rest is stored and reported, and then the run says so.
 """
 
-import importlib
 from collections.abc import Iterator
 
 import dagster as dg
@@ -17,7 +16,7 @@ from diffing_assets.report import PairReport, results_of
 from diffing_assets.resources import Workspace
 from diffing_assets.shown import column_schema, outcome_metadata
 from diffing_core.comparison import Outcome, compare
-from diffing_core.methods import all_methods
+from diffing_core.methods import all_methods, description_of
 from diffing_core.methods.base import Method, Need
 from diffing_core.paired_pass import METHOD_FAILURES
 
@@ -115,5 +114,4 @@ def _report_base_model(context: dg.AssetExecutionContext, outcome: Outcome) -> N
 
 def _description(method: Method) -> str:
     tables = "\n".join(f"* `raw.{spec.name}`: {spec.doc}" for spec in method.tables)
-    module = importlib.import_module(f"diffing_core.methods.{method.name}")
-    return f"{(module.__doc__ or '').strip()}\n\n{tables}"
+    return f"{description_of(method)}\n\n{tables}"

@@ -23,6 +23,11 @@ def all_methods() -> dict[str, Method]:
     return found
 
 
+def description_of(method: Method) -> str:
+    """What its module says of it; the first line says what it answers."""
+    return (importlib.import_module(f"{__name__}.{method.name}").__doc__ or "").strip()
+
+
 def get_method(name: str) -> Method:
     """One method; raises RegistryError with the names that exist."""
     methods = all_methods()
