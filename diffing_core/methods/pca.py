@@ -50,7 +50,7 @@ class PcaSettings(SteeringSettings):
     targets: tuple[Target, ...] = Field(("difference", "base", "tuned"), description="What is decomposed.")
     centred: bool = Field(True, description="Whether the mean is taken off first; else the first component holds it.")
     components: int | None = Field(64, ge=1, description="Components listed; none means as many as the width.")
-    first_position: int = Field(0, ge=0, description="Tokens before this position are left out of every sequence.")
+    first_position: int = Field(1, ge=0, description="Tokens before it are left out of every sequence: attention sinks.")
     roles: tuple[str, ...] | None = Field(None, description=f"Turns that are read, of {', '.join(ROLES)}; none means all.")
     template: bool = Field(True, description="Whether tokens of the chat template are read too.")
     read_components: int = Field(8, ge=1, description="Leading components whose tokens and texts are listed.")
