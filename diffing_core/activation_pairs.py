@@ -148,6 +148,15 @@ class PairedActivations:
         """Width of the residual stream."""
         return self.files[0].base.d_model
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the bytes stored for both models, whatever is selected; from the footers, no vector is read.
+
+        The identity of a result holds revisions and corpora. Activations written anew can differ by rounding under the
+        same identity, so whoever keeps what was fitted on them keeps this beside it.
+        """
+        return short_hash([[file.base.fingerprint, file.tuned.fingerprint] for file in self.files], 16)
+
     def of(self, selection: Selection) -> "PairedActivations":
         """Other rows of the same files."""
         return PairedActivations(self.files, selection)

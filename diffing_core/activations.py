@@ -22,6 +22,7 @@ from diffing_core.activation_parts import CHECKSUMS, MOMENTS, checksum, complete
 from diffing_core.activation_writer import ActivationWriter, SharedWriter, remove_left_over, vectors_of
 from diffing_core.errors import StorageError
 from diffing_core.lazy import torch
+from diffing_core.settings import short_hash
 from diffing_core.sums import Moments
 
 
@@ -107,6 +108,11 @@ class ActivationSet:
         """Size on disk."""
         return sum(part.path.stat().st_size for part in self._parts)
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the footers of all parts: formats, moments and checksums of what was stored."""
+        return short_hash([part.footer for part in self._parts], 16)
+
     def moments(self) -> Moments:
         """Mean and variance per dimension over all rows, float64: those of the parts, merged exactly."""
         whole = Moments(self.d_model)
@@ -155,6 +161,11 @@ class _Part:
         self.dtype: str = self._facts["dtype"]
         self.d_model = int(self._facts["d_model"])
         self._checksums = self._facts[CHECKSUMS].split()
+
+    @property
+    def footer(self) -> list[Any]:
+        """What tells its contents from others: number of rows, then format, moments and checksums."""
+        return [self.metadata.num_rows, self.dtype, self.d_model, self._facts[MOMENTS], self._checksums]
 
     def moments(self) -> Moments:
         return unpacked(self._facts[MOMENTS], self.metadata.num_rows)

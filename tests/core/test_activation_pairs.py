@@ -128,3 +128,11 @@ def test_files_of_different_size_are_refused(tmp_path: Path) -> None:
     base, short = stored(tmp_path / "a", 40, 0, 1), stored(tmp_path / "b", 39, 0, 1)
     with pytest.raises(StorageError, match=r"do not belong together: n_rows is 40 and 39"):
         PairedFile.open("texts", base, short)
+
+
+def test_a_fingerprint_is_of_the_stored_bytes_not_of_names_or_selection(tmp_path: Path) -> None:
+    given, again = (material(tmp_path / name, 100, 40) for name in ("one", "again"))
+    assert given.fingerprint == again.fingerprint == given.of(Selection(first_position=3)).fingerprint
+    other = [PairedFile.open("x", stored(tmp_path / "b", 100, 1, 1), stored(tmp_path / "t", 100, 1, -1)), given.files[1]]
+    found = [given, PairedActivations(other), PairedActivations(given.files[:1]), PairedActivations(given.files[::-1])]
+    assert len({each.fingerprint for each in found}) == 4
