@@ -71,8 +71,7 @@ def trained(training: Training, batches: Batches, folder: Path, settings: Crossc
         if training.done % settings.checkpoint_every == 0 and training.done < training.plan.steps:
             checkpoint.keep(training, folder)
 
-    with track(training.plan.steps, "steps", "crosscoder") as advance:
-        advance(training.done)
+    with track(training.plan.steps, "steps", "crosscoder", training.done) as advance:
         try:
             train(training, batches, after)
         finally:

@@ -155,8 +155,7 @@ def _train(run: _Run, file: Path) -> None:
     whole = finished = False
     with held_interrupts() as act:
         try:
-            with track(run.plan.steps, "steps", f"SAE {run.material.name}") as advance:
-                advance(run.step)
+            with track(run.plan.steps, "steps", f"SAE {run.material.name}", run.step) as advance:
                 whole = True
                 for rows in run.batches():
                     act()

@@ -246,8 +246,7 @@ def interrupting(at: int) -> Callable:
     from contextlib import contextmanager
 
     @contextmanager
-    def track(*_: object):
-        done = 0
+    def track(total: int, unit: str, what: str, done: int = 0):
 
         def advance(amount: int, **measures: float) -> None:
             nonlocal done
