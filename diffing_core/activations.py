@@ -28,7 +28,7 @@ from diffing_core.sums import Moments
 
 @dataclass(frozen=True)
 class ActivationBlock:
-    """Rows of one set: N tokens with their vectors [N, D] in the stored dtype."""
+    """Rows of one set: N tokens with their vectors [N, D] in the stored dtype, or None where only facts were read."""
 
     sequence_N: np.ndarray
     position_N: np.ndarray
@@ -132,6 +132,11 @@ class ActivationSet:
         for part, group in self._groups:
             yield self._block(part.read(group))
 
+    def facts(self) -> Iterator[ActivationBlock]:
+        """All rows without their vectors, a row group at a time. Not compared with the checksums: those are of whole groups."""
+        for part, group in self._groups:
+            yield self._block(part.facts(group))
+
     def _block(self, table: pa.Table) -> ActivationBlock:
         table = table.combine_chunks()
         columns = {name: table[name].chunk(0) for name in table.schema.names}
@@ -141,7 +146,7 @@ class ActivationSet:
             columns["token_id"].to_numpy(),
             columns["role"].to_numpy(),
             columns["is_template"].to_numpy(zero_copy_only=False),
-            vectors_of(table, getattr(torch, self.dtype)),
+            vectors_of(table, getattr(torch, self.dtype)) if "vector" in columns else None,
         )
 
 
@@ -171,15 +176,21 @@ class _Part:
         return unpacked(self._facts[MOMENTS], self.metadata.num_rows)
 
     def read(self, group: int) -> pa.Table:
-        try:
-            with pq.ParquetFile(self.path, memory_map=True, metadata=self.metadata) as file:
-                table = file.read_row_group(group, use_threads=False).combine_chunks()
-            found = checksum(table)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise self._damaged(group, str(error)) from error
+        table = self._columns(group, None)
+        found = checksum(table)
         if found != self._checksums[group]:
             raise self._damaged(group, f"checksum {found}, written as {self._checksums[group]}")
         return table
+
+    def facts(self, group: int) -> pa.Table:
+        return self._columns(group, [name for name in self.metadata.schema.names if name != "vector"])
+
+    def _columns(self, group: int, names: list[str] | None) -> pa.Table:
+        try:
+            with pq.ParquetFile(self.path, memory_map=True, metadata=self.metadata) as file:
+                return file.read_row_group(group, columns=names, use_threads=False).combine_chunks()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise self._damaged(group, str(error)) from error
 
     def _damaged(self, group: int, why: str) -> StorageError:
         return StorageError(

@@ -30,7 +30,7 @@ def fit(stored: PairedActivations, settings: CrosscoderSettings, folder: Path, d
     """Trains on the rows that are not held out; one that lies finished in the folder is not trained again."""
     activations = stored.of(selection(settings, "fit"))
     sample = Sample.of(activations, seed=settings.seed, outlier_ratio=settings.outlier_ratio)
-    n_tokens = sum(len(rows) for rows in activations.blocks())
+    n_tokens = activations.count()
     n_latents = settings.n_latents(stored.d_model, n_tokens)
     plan = settings.plan(stored.d_model, n_latents, n_tokens)
     finished = checkpoint.load(folder, device)
