@@ -5,7 +5,7 @@
 
 Rows of base and tuned belong together by place and are checked by sequence, position and token; the two sets may
 be cut into row groups differently. Row order on disk is longest sequences first, so whoever trains must shuffle:
-chunks of all corpora are drawn in random order into a pool of `pool_rows`, which is emptied in random order. Each
+chunks of all corpora are drawn in random order into a pool of bounded size, which is emptied in random order. Each
 corpus's chunks are spread evenly over the epoch, so that every pool holds corpora in the proportion of their sizes.
 
 Suffixes: N rows, D model width.
@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from diffing_core.activation_parts import ROWS_PER_GROUP
-from diffing_core.activations import ActivationSet, ActivationStore
+from diffing_core.activations import ActivationBlock, ActivationSet, ActivationStore
 from diffing_core.corpus import ROLES, ProbeCorpus
 from diffing_core.errors import NotComputableError, StorageError
 from diffing_core.lazy import torch
@@ -28,7 +28,7 @@ from diffing_core.sampling import sampled
 from diffing_core.settings import short_hash
 from diffing_core.sums import Moments
 
-POOL_ROWS = 2**18
+POOL_ROWS, POOL_BYTES = 2**18, 2**31  # of a pool: whichever is less; bytes of both models' vectors
 TOKEN = ("sequence_N", "position_N", "token_N")
 FACTS = (*TOKEN, "role_N", "template_N")
 COLUMNS = ("corpus_N", *FACTS, "base_ND", "tuned_ND")
@@ -78,8 +78,8 @@ class Selection:
     part: Literal["all", "fit", "held_out"] = "all"
     held_out_share: float = 0.1
 
-    def keeps(self, rows: PairedRows) -> np.ndarray:
-        """Bool [N]."""
+    def keeps(self, rows: PairedRows | ActivationBlock) -> np.ndarray:
+        """Bool [N]; vectors are not looked at."""
         kept_N = rows.position_N >= self.first_position
         if self.roles is not None:
             kept_N &= np.isin(rows.role_N, [ROLES.index(role) for role in self.roles])
@@ -148,6 +148,25 @@ class PairedActivations:
         """Width of the residual stream."""
         return self.files[0].base.d_model
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the bytes stored for both models, whatever is selected; from the footers, no vector is read.
+
+        The identity of a result holds revisions and corpora. Activations written anew can differ by rounding under the
+        same identity, so whoever keeps what was fitted on them keeps this beside it.
+        """
+        return short_hash([[file.base.fingerprint, file.tuned.fingerprint] for file in self.files], 16)
+
+    @property
+    def pool_rows(self) -> int:
+        """Rows of a pool at most: POOL_ROWS, or fewer where so many would exceed POOL_BYTES."""
+        sizes = (getattr(torch, each.dtype).itemsize for each in (self.files[0].base, self.files[0].tuned))
+        return max(1, min(POOL_ROWS, POOL_BYTES // (self.d_model * sum(sizes))))
+
+    def count(self) -> int:
+        """How many rows are chosen; read from their facts, no vector is."""
+        return sum(int(self.selection.keeps(facts).sum()) for file in self.files for facts in file.base.facts())
+
     def of(self, selection: Selection) -> "PairedActivations":
         """Other rows of the same files."""
         return PairedActivations(self.files, selection)
@@ -163,17 +182,25 @@ class PairedActivations:
     ) -> Iterator[PairedRows]:
         """Batches of `batch_rows` rows in random order, each row once an epoch; endless if `epochs` is None.
 
-        What does not fill a batch begins the next pool; only the very last batch may be smaller. Memory: up to
-        three times `pool_rows` vectors of both models.
+        A pool has `pool_rows` rows, `self.pool_rows` at most, and one batch at least. What does not fill a batch begins
+        the next one; only the very last may be smaller. Memory: two pools while one is put together from its chunks,
+        then one, and three batches beside it.
         """
         draw = np.random.default_rng(seed)
         rest: list[PairedRows] = []
-        for pool in self._pools(draw, max(pool_rows, batch_rows), epochs):
-            mixed = joined([*rest, pool.take(draw.permutation(len(pool)))])
-            whole = len(mixed) - len(mixed) % batch_rows
-            yield from (mixed.take(np.arange(start, start + batch_rows)) for start in range(0, whole, batch_rows))
-            rest = [mixed.take(np.arange(whole, len(mixed)))]
-        yield from (each for each in rest if len(each))
+        for parts in self._pools(draw, max(min(pool_rows, self.pool_rows), batch_rows), epochs):
+            pool = joined(parts)
+            parts.clear()
+            order_N = draw.permutation(len(pool))
+            start, stop = 0, batch_rows - sum(map(len, rest))
+            while stop <= len(pool):
+                batch = joined([*rest, pool.take(order_N[start:stop])])
+                rest = []
+                yield batch
+                start, stop = stop, stop + batch_rows
+            rest += [pool.take(order_N[start:])] if start < len(pool) else []
+            del pool  # before the next one is read
+        yield from [joined(rest)] if rest else []
 
     def moments(self) -> dict[str, Moments]:
         """Mean and variance per dimension of base, tuned and difference, in float64."""
@@ -183,17 +210,17 @@ class PairedActivations:
                 moments.add(getattr(rows, f"{name}_ND").float().numpy())
         return found
 
-    def _pools(self, draw: np.random.Generator, pool_rows: int, epochs: int | None) -> Iterator[PairedRows]:
-        """Chosen rows of randomly ordered chunks, gathered until `pool_rows` are reached or an epoch ends."""
+    def _pools(self, draw: np.random.Generator, pool_rows: int, epochs: int | None) -> Iterator[list[PairedRows]]:
+        """Chosen rows of randomly ordered chunks, gathered until `pool_rows` are reached or an epoch ends; to be emptied."""
         for _ in itertools.count() if epochs is None else range(epochs):
             pool: list[PairedRows] = []
             for number, start in self._chunk_order(draw):
                 pool += self._chosen(number, start)
                 if sum(map(len, pool)) >= pool_rows:
-                    yield joined(pool)
+                    yield pool
                     pool = []
             if pool:
-                yield joined(pool)
+                yield pool
 
     def _chunk_order(self, draw: np.random.Generator) -> list[tuple[int, int]]:
         """Every chunk once; a corpus's chunks lie evenly spread, so that each stretch holds all in proportion."""

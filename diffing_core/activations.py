@@ -22,12 +22,13 @@ from diffing_core.activation_parts import CHECKSUMS, MOMENTS, checksum, complete
 from diffing_core.activation_writer import ActivationWriter, SharedWriter, remove_left_over, vectors_of
 from diffing_core.errors import StorageError
 from diffing_core.lazy import torch
+from diffing_core.settings import short_hash
 from diffing_core.sums import Moments
 
 
 @dataclass(frozen=True)
 class ActivationBlock:
-    """Rows of one set: N tokens with their vectors [N, D] in the stored dtype."""
+    """Rows of one set: N tokens with their vectors [N, D] in the stored dtype, or None where only facts were read."""
 
     sequence_N: np.ndarray
     position_N: np.ndarray
@@ -107,6 +108,11 @@ class ActivationSet:
         """Size on disk."""
         return sum(part.path.stat().st_size for part in self._parts)
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the footers of all parts: formats, moments and checksums of what was stored."""
+        return short_hash([part.footer for part in self._parts], 16)
+
     def moments(self) -> Moments:
         """Mean and variance per dimension over all rows, float64: those of the parts, merged exactly."""
         whole = Moments(self.d_model)
@@ -126,6 +132,11 @@ class ActivationSet:
         for part, group in self._groups:
             yield self._block(part.read(group))
 
+    def facts(self) -> Iterator[ActivationBlock]:
+        """All rows without their vectors, a row group at a time. Not compared with the checksums: those are of whole groups."""
+        for part, group in self._groups:
+            yield self._block(part.facts(group))
+
     def _block(self, table: pa.Table) -> ActivationBlock:
         table = table.combine_chunks()
         columns = {name: table[name].chunk(0) for name in table.schema.names}
@@ -135,7 +146,7 @@ class ActivationSet:
             columns["token_id"].to_numpy(),
             columns["role"].to_numpy(),
             columns["is_template"].to_numpy(zero_copy_only=False),
-            vectors_of(table, getattr(torch, self.dtype)),
+            vectors_of(table, getattr(torch, self.dtype)) if "vector" in columns else None,
         )
 
 
@@ -156,19 +167,30 @@ class _Part:
         self.d_model = int(self._facts["d_model"])
         self._checksums = self._facts[CHECKSUMS].split()
 
+    @property
+    def footer(self) -> list[Any]:
+        """What tells its contents from others: number of rows, then format, moments and checksums."""
+        return [self.metadata.num_rows, self.dtype, self.d_model, self._facts[MOMENTS], self._checksums]
+
     def moments(self) -> Moments:
         return unpacked(self._facts[MOMENTS], self.metadata.num_rows)
 
     def read(self, group: int) -> pa.Table:
-        try:
-            with pq.ParquetFile(self.path, memory_map=True, metadata=self.metadata) as file:
-                table = file.read_row_group(group, use_threads=False).combine_chunks()
-            found = checksum(table)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise self._damaged(group, str(error)) from error
+        table = self._columns(group, None)
+        found = checksum(table)
         if found != self._checksums[group]:
             raise self._damaged(group, f"checksum {found}, written as {self._checksums[group]}")
         return table
+
+    def facts(self, group: int) -> pa.Table:
+        return self._columns(group, [name for name in self.metadata.schema.names if name != "vector"])
+
+    def _columns(self, group: int, names: list[str] | None) -> pa.Table:
+        try:
+            with pq.ParquetFile(self.path, memory_map=True, metadata=self.metadata) as file:
+                return file.read_row_group(group, columns=names, use_threads=False).combine_chunks()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise self._damaged(group, str(error)) from error
 
     def _damaged(self, group: int, why: str) -> StorageError:
         return StorageError(

@@ -2,6 +2,8 @@
 
     with track(n_steps, "steps", "crosscoder") as advance:
         advance(1, loss=0.31, l0=31.8)
+
+`done` is what an earlier run did: work starts there, and rate and remaining time are of this run alone.
 """
 
 import logging
@@ -23,12 +25,12 @@ class Advance(Protocol):
 
 
 @contextmanager
-def track(total: int, unit: str, what: str) -> Iterator[Advance]:
-    """Shows work until `total` is reached or the block ends."""
+def track(total: int, unit: str, what: str, done: int = 0) -> Iterator[Advance]:
+    """Shows work from `done` until `total` is reached or the block ends."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, unit=f" {unit}", desc=what, leave=False) as bar:
+        with tqdm(total=total, unit=f" {unit}", desc=what, leave=False, initial=done) as bar:
 
             def advance(amount: int, **measures: float) -> None:
                 if measures:
@@ -37,15 +39,15 @@ def track(total: int, unit: str, what: str) -> Iterator[Advance]:
 
             yield advance
         return
-    yield _Lines(total, unit, what).add
+    yield _Lines(total, unit, what, done).add
 
 
 class _Lines:
     """Log lines, at most one per LOG_EVERY_S and always one at the end."""
 
-    def __init__(self, total: int, unit: str, what: str) -> None:
+    def __init__(self, total: int, unit: str, what: str, done: int) -> None:
         self._total, self._unit, self._what = total, unit, what
-        self._done = 0
+        self._first = self._done = done
         self._began = self._said = time.monotonic()
 
     def add(self, amount: int, **measures: float) -> None:
@@ -54,7 +56,7 @@ class _Lines:
         if now - self._said < LOG_EVERY_S and self._done < self._total:
             return
         self._said = now
-        rate = self._done / max(now - self._began, 1e-9)
+        rate = (self._done - self._first) / max(now - self._began, 1e-9)
         left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "just begun"
         line = f"{self._what}: {self._done} of {self._total} {self._unit}, {rate:.1f} {self._unit}/s, {left}"
         logger.info("%s", f"{line}; {_told(measures)}" if measures else line)

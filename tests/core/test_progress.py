@@ -76,3 +76,25 @@ def test_a_terminal_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_error_inside_passes_through() -> None:
     with pytest.raises(KeyError), track(1, "tokens", "reading"):
         raise KeyError("x")
+
+
+def test_what_an_earlier_run_did_counts_as_done_but_not_into_the_rate(
+    said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with track(1000, "steps", "training", 900) as done:
+        done(50)
+        done(50)
+    assert said.messages == [
+        "training: 950 of 1000 steps, 5.0 steps/s, 10 s left",
+        "training: 1000 of 1000 steps, 5.0 steps/s, 0 s left",
+    ]
+
+
+def test_a_bar_begins_where_an_earlier_run_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with track(1000, "steps", "training", 900):
+        pass
+    assert "900/1000" in terminal.getvalue()

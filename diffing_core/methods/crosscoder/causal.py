@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffing_core.capture import capture_residuals
-from diffing_core.corpus import ProbeCorpus, TokenBatch
+from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence, TokenBatch
 from diffing_core.fit_reading import TOKENS_PER_BATCH, FitReading
 from diffing_core.interventions import edited_residual
 from diffing_core.lazy import torch
@@ -73,8 +73,8 @@ def causal_effects(
     """The effect of each condition, and over how many tokens and sequences it was measured. The first is `none`, `add`."""
     sums_CS, counts_S = [], []
     with torch.inference_mode():
-        for batch in tokens.batches(reading.context.corpus):
-            kl_CN, row_N = _patched(crosscoder, reading, layer, tried, batch, tokens)
+        for batch, read_N in tokens.batches(reading.context.corpus):
+            kl_CN, row_N = _patched(crosscoder, reading, layer, tried, batch, read_N, tokens.outliers)
             n_rows = len(batch.sequences)
             counts_S.append(np.bincount(row_N, minlength=n_rows))
             sums_CS.append(np.stack([np.bincount(row_N, kl_N, minlength=n_rows) for kl_N in kl_CN]))
@@ -89,26 +89,37 @@ class Read(NamedTuple):
     first_position: int
     outliers: Outliers
     seed: int
+    roles: tuple[str, ...] | None = None
+    template: bool = True
 
-    def batches(self, corpus: ProbeCorpus) -> Iterator[TokenBatch]:
-        """The sequences, the same in every run."""
+    def batches(self, corpus: ProbeCorpus) -> Iterator[tuple[TokenBatch, np.ndarray]]:
+        """The sequences, the same in every run; which of their tokens are encoded unless they are outliers, bool [N]."""
         every = corpus.sequences
         order = np.argsort(position_hash(np.arange(len(every)), np.zeros(len(every), np.int64), self.seed))
         n_tokens = np.cumsum([len(every[index]) for index in order])
         chosen = tuple(every[index] for index in order[: np.searchsorted(n_tokens, self.n_tokens) + 1])
-        yield from replace(corpus, sequences=chosen).batches(TOKENS_PER_BATCH)
+        for batch in replace(corpus, sequences=chosen).batches(TOKENS_PER_BATCH):
+            yield batch, self._encoded([chosen[index] for index in batch.sequences], corpus.skip_first_tokens)
+
+    def _encoded(self, sequences: list[ProbeSequence], skipped: int) -> np.ndarray:
+        position_N = np.concatenate([np.arange(len(sequence)) for sequence in sequences])
+        kept_N = position_N >= max(self.first_position, skipped)
+        if self.roles is not None:
+            wanted = [ROLES.index(role) for role in self.roles]
+            kept_N &= np.isin(np.concatenate([sequence.role_T for sequence in sequences]), wanted)
+        return kept_N if self.template else kept_N & ~np.concatenate([sequence.template_T for sequence in sequences])
 
 
 def _patched(
-    crosscoder: Crosscoder, reading: FitReading, layer: int, tried: Sequence[Condition], batch: TokenBatch, tokens: Read
-) -> tuple[list[np.ndarray], np.ndarray]:
+    crosscoder: Crosscoder, reading: FitReading, layer: int, tried: Sequence[Condition], batch: TokenBatch, read_N: np.ndarray,
+    outliers: Outliers,
+) -> tuple[list[np.ndarray], np.ndarray]:  # fmt: skip
     """KL(p_tuned ‖ p_patched) of every condition at the valid tokens, and their rows in the batch."""
     context = reading.context
     base_ND, tuned_ND = (capture_residuals(side, batch, (layer,))[layer] for side in (context.base, context.tuned))
-    row_N, position_N = np.nonzero(batch.mask_BT)
-    read_N = position_N >= np.maximum(tokens.first_position, context.corpus.skip_first_tokens)
-    for state_ND, most in zip((base_ND, tuned_ND), tokens.outliers.most_M, strict=True):
-        read_N &= (state_ND.float().norm(dim=1) <= most).cpu().numpy()
+    row_N = np.nonzero(batch.mask_BT)[0]
+    for state_ND, most in zip((base_ND, tuned_ND), outliers.most_M, strict=True):
+        read_N = read_N & (state_ND.float().norm(dim=1) <= most).cpu().numpy()
     read_N1 = torch.from_numpy(read_N).to(base_ND.device)[:, None]
     pair = [state_ND.to(crosscoder.bias_F.device) for state_ND in (base_ND, tuned_ND)]
     code_NF = crosscoder.encode(pair) * read_N1.to(crosscoder.bias_F.device)

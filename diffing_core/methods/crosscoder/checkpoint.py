@@ -4,10 +4,14 @@
     crosscoder.safetensors     weights, in the scaled units in which they were trained
     crosscoder.json            how they are to be used: threshold, scales, partition, k, layer, and the log
 
+The identity of a result holds revisions and corpora, not the stored activations' bytes, which may have been written
+anew; so both files name the fingerprint of what was fitted on, and what was fitted on other bytes is not used.
+
 No pickles: a folder from elsewhere can be read safely. Files appear whole or not at all.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +26,22 @@ from diffing_core.methods.crosscoder.training import Training
 CHECKPOINT, WEIGHTS, CONFIG = "checkpoint.safetensors", "crosscoder.safetensors", "crosscoder.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PLACE = ("done", "epoch", "batch", "log")
+logger = logging.getLogger(__name__)
 
 
-def keep(training: Training, folder: Path) -> None:
-    """Writes the state of a run that is between two steps."""
+def keep(training: Training, folder: Path, fingerprint: str) -> None:
+    """Writes the state of a run that is between two steps; `fingerprint` is of the activations that it reads."""
     tensors = {f"weight/{name}": tensor.detach() for name, tensor in training.parameters.items()}
     for name, tensor in training.parameters.items():
         state = training.optimizer.state.get(tensor, {})
         tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS if moment in state}
     tensors["silent"] = training.silent_F
-    place = {name: getattr(training, name) for name in PLACE} | {"n_steps": training.plan.steps}
+    place = {name: getattr(training, name) for name in PLACE} | {"n_steps": training.plan.steps, "activations": fingerprint}
     _save(tensors, folder / CHECKPOINT, {"place": json.dumps(place)})
 
 
-def resume(training: Training, folder: Path) -> bool:
-    """Brings a fresh run to where `keep` left it; False where nothing was left.
+def resume(training: Training, folder: Path, fingerprint: str) -> bool:
+    """Brings a fresh run to where `keep` left it; False where nothing was left, or by a run on other activations.
 
     Raises:
         StorageError: what lies there belongs to a run of another shape or length.
@@ -46,6 +51,8 @@ def resume(training: Training, folder: Path) -> bool:
         return False
     tensors, metadata = _load(path)
     place = json.loads(metadata["place"])
+    if _fitted_on_others(path, place, fingerprint):
+        return False
     shapes = {name: tuple(tensors[f"weight/{name}"].shape) for name in training.parameters}
     expected = {name: tuple(tensor.shape) for name, tensor in training.parameters.items()}
     if shapes != expected or place["n_steps"] != training.plan.steps:
@@ -64,7 +71,7 @@ def resume(training: Training, folder: Path) -> bool:
 
 
 def save(crosscoder: Crosscoder, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes a finished crosscoder and removes the checkpoint; `facts` go into its config."""
+    """Writes a finished crosscoder and removes the checkpoint; `facts`, of which `activations`, go into its config."""
     config = {
         "threshold": crosscoder.threshold,
         "scale_base": crosscoder.scale_M[0],
@@ -80,15 +87,25 @@ def save(crosscoder: Crosscoder, folder: Path, facts: dict[str, Any]) -> None:
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-def load(folder: Path, device: Any = "cpu") -> tuple[Crosscoder, dict[str, Any]] | None:
-    """A finished crosscoder with its config; None where there is none."""
+def load(folder: Path, device: Any = "cpu", fingerprint: str | None = None) -> tuple[Crosscoder, dict[str, Any]] | None:
+    """A finished crosscoder with its config; None where there is none, or none of the activations of this fingerprint."""
     if not (folder / CONFIG).exists():
         return None
     config = json.loads((folder / CONFIG).read_text())
+    if fingerprint is not None and _fitted_on_others(folder / CONFIG, config, fingerprint):
+        (folder / CONFIG).unlink()  # else it could stand beside the weights of the next one
+        return None
     named = {name: tensor.to(device) for name, tensor in _load(folder / WEIGHTS)[0].items()}
     partition = Partition(np.asarray(config["owner"], np.int8), config["shared_sparsity"])
     scale_M = (config["scale_base"], config["scale_tuned"])
     return Crosscoder.of_parameters(named, partition, scale_M, config["threshold"]), config
+
+
+def _fitted_on_others(path: Path, facts: dict[str, Any], fingerprint: str) -> bool:
+    found = facts.get("activations")
+    if found != fingerprint:
+        logger.info("%s was fitted on stored activations %s, which are now %s: training anew", path, found, fingerprint)
+    return found != fingerprint
 
 
 def _save(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:

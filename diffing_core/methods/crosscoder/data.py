@@ -1,6 +1,6 @@
 """What a crosscoder is trained on: batches of raw activations of both models, and the statistics that set it up.
 
-Statistics (scale, mean, variance, usual norm) are of one pool of shuffled rows, 2¹⁸ at most, in float64. Tokens whose
+Statistics (scale, mean, variance, usual norm) are of one pool of shuffled rows, 2¹⁸ or 2 GiB at most, in float64. Tokens whose
 norm in either model is far above the usual one (attention sinks) are left out: they would take the code for themselves.
 
 Suffixes: M models, N tokens, D width.
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffing_core.activation_pairs import POOL_ROWS, PairedActivations, PairedRows
+from diffing_core.activation_pairs import PairedActivations, PairedRows
 from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.settings import short_hash
@@ -37,7 +37,7 @@ class Outliers:
 
 @dataclass(frozen=True)
 class Sample:
-    """One pool of rows without outliers, and what it says of the activations; `n_rows` counts all that can be read."""
+    """One pool of rows without outliers, and what it says of the activations."""
 
     rows: PairedRows
     outliers: Outliers
@@ -52,7 +52,7 @@ class Sample:
         Raises:
             NotComputableError: there are fewer than two rows.
         """
-        rows = next(activations.shuffled(POOL_ROWS, seed=seed), None)
+        rows = next(activations.shuffled(activations.pool_rows, seed=seed), None)
         if rows is None or len(rows) < 2:
             raise NotComputableError("fewer than two stored tokens to fit a crosscoder on; probe the pair with more text")
         usual_M = (np.median(_norms(each_ND)) for each_ND in (rows.base_ND, rows.tuned_ND))

@@ -82,6 +82,8 @@ LATENTS = TableSpec(
         Column("norm_class", "string", "By Δ: base_only to 0.1, shared 0.4 to 0.6, tuned_only from 0.9, other. Misses rare latents."),
         Column("decoder_cosine", "float64", "Between the two decoder directions; null if one is zero.", nullable=True,
                low=-1.0001, high=1.0001),
+        Column("encoder_cosine", "float64", "Between what it reads in the two models; null if it reads one of them not at all.",
+               nullable=True, low=-1.0001, high=1.0001),
         Column("difference_rms", "float64", "√mean f² · ‖d_tuned − d_base‖: what it contributes to δ.", UNIT, "effect", low=0),
         Column("max_activation", "float64", "Largest code.", low=0),
         Column("n_active", "int64", "Tokens on which it is active.", role="count", low=0),

@@ -1,9 +1,11 @@
 """One crosscoder for one layer: set up from the data, trained or taken up again, given its threshold, and kept on disk."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffing_core.activation_pairs import PairedActivations, Selection
+from diffing_core.interrupts import held_interrupts
 from diffing_core.methods.crosscoder import checkpoint
 from diffing_core.methods.crosscoder.data import Batches, Sample, pieces
 from diffing_core.methods.crosscoder.model import Crosscoder
@@ -27,13 +29,17 @@ class Fitted(NamedTuple):
 
 
 def fit(stored: PairedActivations, settings: CrosscoderSettings, folder: Path, device: Any) -> Fitted:
-    """Trains on the rows that are not held out; one that lies finished in the folder is not trained again."""
+    """Trains on the rows that are not held out; one that lies finished in the folder is not trained again.
+
+    Unless it was fitted on other bytes than are stored now.
+    """
     activations = stored.of(selection(settings, "fit"))
     sample = Sample.of(activations, seed=settings.seed, outlier_ratio=settings.outlier_ratio)
-    n_tokens = sum(len(rows) for rows in activations.blocks())
+    n_tokens = activations.count()
     n_latents = settings.n_latents(stored.d_model, n_tokens)
     plan = settings.plan(stored.d_model, n_latents, n_tokens)
-    finished = checkpoint.load(folder, device)
+    fingerprint = activations.fingerprint
+    finished = checkpoint.load(folder, device, fingerprint)
     if finished is not None:
         return Fitted(finished[0], sample, plan, finished[1]["log"])
     scale_M = sample.scale_M(settings.input_scale == "common")
@@ -45,23 +51,28 @@ def fit(stored: PairedActivations, settings: CrosscoderSettings, folder: Path, d
     )
     training = Training(start, plan, tuple(v * s**2 for v, s in zip(sample.variance_M, scale_M, strict=True)))
     batches = Batches(activations, sample.outliers, settings.rows_per_batch(n_tokens), settings.seed)
-    trained(training, batches, folder, settings)
-    crosscoder = training.crosscoder
-    if plan.sparsity == "batch_topk":
-        rows = sample.rows
-        crosscoder.threshold = calibrated_threshold(crosscoder, pieces(rows, 2048, CALIBRATION_TOKENS), plan.k)
-    checkpoint.save(crosscoder, folder, {"k": plan.k, "sparsity": plan.sparsity, "n_steps": plan.steps, "log": training.log})
-    return Fitted(crosscoder, sample, plan, training.log)
+    checkpoint.resume(training, folder, fingerprint)
+    finished = False
+    with held_interrupts() as act:
+        try:
+            trained(training, batches, lambda: checkpoint.keep(training, folder, fingerprint), act, settings)
+            finish(training, sample, folder, fingerprint)
+            finished = True
+        finally:
+            if training.whole and not finished:
+                checkpoint.keep(training, folder, fingerprint)
+    return Fitted(training.crosscoder, sample, plan, training.log)
 
 
 def selection(settings: CrosscoderSettings, part: str) -> Selection:
     """Rows of one part: fit, held_out or all."""
-    return Selection(settings.first_position, part=part, held_out_share=settings.held_out_share)
+    return Selection(settings.first_position, settings.roles, settings.template, part, settings.held_out_share)
 
 
-def trained(training: Training, batches: Batches, folder: Path, settings: CrosscoderSettings) -> None:
-    """Runs the training to its end, from a checkpoint if there is one; whoever stops it finds one, at its last whole step."""
-    checkpoint.resume(training, folder)
+def trained(
+    training: Training, batches: Batches, keep: Callable[[], None], act: Callable[[], None], settings: CrosscoderSettings
+) -> None:
+    """Runs the training to its end; keeps it now and then, and lets interrupts act between steps, when all is logged."""
     log_every = max(1, training.plan.steps // settings.log_rows)
 
     def after(training: Training, losses: Losses) -> None:
@@ -69,15 +80,22 @@ def trained(training: Training, batches: Batches, folder: Path, settings: Crossc
             training.log.append(_log_row(training, losses))
         _tell(advance, training, losses)
         if training.done % settings.checkpoint_every == 0 and training.done < training.plan.steps:
-            checkpoint.keep(training, folder)
+            keep()
+        if training.done < training.plan.steps:  # after the last step it is finished first
+            act()
 
-    with track(training.plan.steps, "steps", "crosscoder") as advance:
-        advance(training.done)
-        try:
-            train(training, batches, after)
-        finally:
-            if training.done < training.plan.steps and training.whole:
-                checkpoint.keep(training, folder)
+    with track(training.plan.steps, "steps", "crosscoder", training.done) as advance:
+        train(training, batches, after)
+
+
+def finish(training: Training, sample: Sample, folder: Path, fingerprint: str) -> None:
+    """Gives the trained crosscoder its threshold, drops its gradients, and writes it."""
+    training.optimizer.zero_grad(set_to_none=True)
+    crosscoder, plan = training.crosscoder, training.plan
+    if plan.sparsity == "batch_topk":
+        crosscoder.threshold = calibrated_threshold(crosscoder, pieces(sample.rows, 2048, CALIBRATION_TOKENS), plan.k)
+    facts = {"k": plan.k, "sparsity": plan.sparsity, "n_steps": plan.steps, "activations": fingerprint, "log": training.log}
+    checkpoint.save(crosscoder, folder, facts)
 
 
 def _log_row(training: Training, losses: Losses) -> dict[str, float]:

@@ -32,7 +32,6 @@ def latent_table(layer: int, crosscoder: Crosscoder, reading: Reading, settings:
     base_F, tuned_F = (each_FD.norm(dim=1).numpy() for each_FD in direction_MFD)
     largest_F = np.maximum(base_F, tuned_F)
     relative_F = (tuned_F - base_F) / np.maximum(largest_F, 1e-30)
-    cosine_F = _divided((direction_MFD[0] * direction_MFD[1]).sum(1).numpy(), base_F * tuned_F)
     moved_F = (direction_MFD[1] - direction_MFD[0]).norm(dim=1).numpy()
     n_active_F = reading.n_active_F.cpu().numpy().astype(np.int64)
     columns: dict[str, Any] = {
@@ -45,7 +44,8 @@ def latent_table(layer: int, crosscoder: Crosscoder, reading: Reading, settings:
         "delta_norm": (1 + relative_F) / 2,
         "relative_norm": _nullable(_divided(tuned_F, base_F + tuned_F)),
         "norm_class": [norm_class(delta) for delta in (1 + relative_F) / 2],
-        "decoder_cosine": _nullable(cosine_F),
+        "decoder_cosine": _nullable(_cosines(*direction_MFD)),
+        "encoder_cosine": _nullable(_cosines(*(each_DF.detach().T.double().cpu() for each_DF in crosscoder.encoder_MDF))),
         "difference_rms": np.sqrt(reading.scaling.squares_F / max(reading.n_tokens, 1)) * moved_F,
         "max_activation": reading.maximum_F.double().cpu().numpy(),
         "n_active": n_active_F,
@@ -110,6 +110,11 @@ def _rank_sums(*nu: np.ndarray) -> list[int | None]:
 
 def _ratio_columns(name: str, ratio: Ratio) -> dict[str, list[float | None]]:
     return {name: _nullable(ratio.value_F), f"{name}_low": _nullable(ratio.low_F), f"{name}_high": _nullable(ratio.high_F)}
+
+
+def _cosines(base_FD: Any, tuned_FD: Any) -> np.ndarray:
+    """NaN where either is zero."""
+    return _divided((base_FD * tuned_FD).sum(1).numpy(), (base_FD.norm(dim=1) * tuned_FD.norm(dim=1)).numpy())
 
 
 def _divided(above_F: np.ndarray, below_F: np.ndarray) -> np.ndarray:

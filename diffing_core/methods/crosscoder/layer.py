@@ -114,7 +114,9 @@ class Layer:
         settings, sample = self._settings, self._fitted.sample
         alive = np.flatnonzero(~self._latents["is_dead"].to_numpy(zero_copy_only=False))
         tried = conditions(self._sets(), alive, alive, settings.seed)
-        tokens = Read(settings.causal_tokens, settings.first_position, sample.outliers, settings.seed)
+        tokens = Read(
+            settings.causal_tokens, settings.first_position, sample.outliers, settings.seed, settings.roles, settings.template
+        )
         effects, n_tokens, n_sequences = causal_effects(self._fitted.crosscoder, self._reading, self._layer, tried, tokens)
         rows = [
             {

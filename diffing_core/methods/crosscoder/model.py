@@ -149,9 +149,9 @@ class Crosscoder:
 def keep_largest(code_NF: Any, cost_F: Any, k: float) -> Any:
     """The code with its N·k largest scores, others zero; fewer where fewer are positive. Exactly so many among equals.
 
-    `k` may be a fraction; N·k is rounded.
+    `k` may be a fraction; N·k is rounded, to one at least.
     """
-    n_kept = min(round(len(code_NF) * k), code_NF.numel())
+    n_kept = min(max(1, round(len(code_NF) * k)), code_NF.numel())
     with torch.no_grad():
         kept = _largest((code_NF * cost_F).view(-1), n_kept)
         mask_NF = torch.zeros_like(code_NF).view(-1).index_fill_(0, kept, 1.0).view_as(code_NF)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from diffing_core.corpus import ROLES
 from diffing_core.methods.crosscoder.model import Sparsity
 from diffing_core.methods.crosscoder.partition import Kind
 from diffing_core.methods.crosscoder.training import Plan
@@ -26,6 +27,8 @@ class CrosscoderSettings(SteeringSettings):
 
     layers: tuple[int | float, ...] | None = Field((1.0,), description="Blocks to read; null means all stored ones.")
     first_position: int = Field(1, ge=0, description="Tokens before it are left out: attention sinks.")
+    roles: tuple[str, ...] | None = Field(None, description=f"Turns that are read, of {', '.join(ROLES)}; null means all.")
+    template: bool = Field(True, description="Whether tokens of the chat template are read too.")
     outlier_ratio: float = Field(10.0, gt=1, description="Tokens longer than this many times the median are left out.")
     held_out_share: float = Field(0.1, gt=0, lt=1, description="Of the sequences: not trained on, to measure the fit.")
     sparsity: Sparsity = Field("batch_topk", description="batch_topk, or l1.")
@@ -38,7 +41,7 @@ class CrosscoderSettings(SteeringSettings):
     expansion: float = Field(32.0, gt=0, description="Latents per dimension, at most.")
     tokens_per_latent: float = Field(64.0, gt=0, description="Latents are so few that this many tokens come to each.")
     epochs: float = Field(4.0, gt=0, description="Times that every token is seen.")
-    max_tokens: int = Field(100_000_000, ge=1, description="Tokens trained on, at most.")
+    max_tokens: int = Field(100_000_000, ge=1, description="Tokens trained on, at most, but at least min_steps batches.")
     min_steps: int = Field(300, ge=1, description="Steps, at least: short corpora are read more often.")
     batch_rows: int = Field(2048, ge=1, description="Tokens per batch, at most; fewer where an epoch had under 64 batches.")
     learning_rate: float | None = Field(None, gt=0, description="Null: 2e-4 / sqrt(latents / 16384), and larger for short trainings.")

@@ -16,7 +16,7 @@ SPARE = 4  # a batch may hold this many times its share of the scores above θ
 
 
 def calibrated_threshold(crosscoder: Crosscoder, batches: Iterable[Pair], k: float) -> float:
-    """θ with mean L0 of k over these tokens; 0 where fewer than that are positive.
+    """θ with mean L0 of k over these tokens, one activity at least; 0 where fewer than that are positive.
 
     Keeps the largest SPARE·k scores per token of each batch, so that memory does not grow with the number of latents.
     """
@@ -27,10 +27,10 @@ def calibrated_threshold(crosscoder: Crosscoder, batches: Iterable[Pair], k: flo
         for activation_MND in batches:
             score_NF = crosscoder.drive(crosscoder.scaled(activation_MND)).relu_() * cost_F
             n_tokens += len(score_NF)
-            n_kept = min(round(SPARE * k * len(score_NF)), score_NF.numel())
+            n_kept = min(max(2, round(SPARE * k * len(score_NF))), score_NF.numel())
             kept.append(score_NF.view(-1).topk(n_kept, sorted=False).values)
         score_X = torch.cat(kept)
-        wanted = round(k * n_tokens)
+        wanted = max(1, round(k * n_tokens))
         if wanted >= len(score_X):
             return 0.0
         return max(0.0, float(score_X.topk(wanted + 1).values[-1]))

@@ -80,8 +80,8 @@ class Losses(NamedTuple):
 class Training:
     """The state of a run: weights, Adam's moments, and for how many batches each latent has been silent.
 
-    `done` steps are behind it; next comes batch `batch` of epoch `epoch`. While it is not `whole`, an interrupt has
-    left it between two steps, and it must not be kept.
+    `done` steps are behind it; next comes batch `batch` of epoch `epoch`. Where it is not `whole`, a step has failed
+    halfway, and it must not be kept.
     """
 
     crosscoder: Crosscoder

@@ -5,12 +5,15 @@ the step: batches come in an order that the seed decides.
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from diffing_core.errors import StorageError
 from diffing_core.lazy import torch
+
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(file: Path, trainer: Any, step: int, log: list[dict[str, float]], config: dict[str, Any]) -> None:
@@ -30,6 +33,8 @@ def save_checkpoint(file: Path, trainer: Any, step: int, log: list[dict[str, flo
 def load_checkpoint(file: Path, trainer: Any, config: dict[str, Any]) -> tuple[int, list[dict[str, float]]]:
     """Puts a newly made trainer where `save_checkpoint` left it; gives the step and the log.
 
+    A trainer of other stored activations was left elsewhere: the new one stays as it is, at step 0.
+
     Raises:
         StorageError: the file was written by a training of another configuration.
     """
@@ -38,6 +43,8 @@ def load_checkpoint(file: Path, trainer: Any, config: dict[str, Any]) -> tuple[i
     with safe_open(file, framework="pt", device=str(trainer.device)) as stored:
         facts = json.loads(stored.metadata()["facts"])
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a file, no dict
+    if trained_on_others(file, facts["config"], config):
+        return 0, []
     check_same(file, facts["config"], config)
     trainer.ae.load_state_dict(_below("weights.", tensors))
     adam: dict[int, dict[str, Any]] = {}
@@ -53,6 +60,17 @@ def load_checkpoint(file: Path, trainer: Any, config: dict[str, Any]) -> tuple[i
         group["lr"] = rate * factor(step)
     trainer.num_tokens_since_fired = tensors["tokens_since_fired"].to(torch.long)
     return step, facts["log"]
+
+
+def trained_on_others(file: Path, found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether a file is of other bytes of stored activations than there are now; said in the log.
+
+    A result's identity holds revisions and corpora, not these bytes, so they may have been written anew under it.
+    """
+    ours, now = found.get("activations"), expected["activations"]
+    if ours != now:
+        logger.info("%s was trained on stored activations %s, which are now %s: training anew", file, ours, now)
+    return ours != now
 
 
 def check_same(file: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ class SaeDiffSettings(SteeringSettings):
     )
     batch_rows: int = Field(2048, ge=16, description="Tokens per step; down to a sixteenth of it on small corpora.")
     epochs: float = Field(4.0, gt=0, description="Times each token is trained on.")
-    max_tokens: int = Field(100_000_000, ge=1, description="Tokens trained on, at most.")
+    max_tokens: int = Field(100_000_000, ge=1, description="Tokens trained on, at most, but at least 20 batches.")
     learning_rate: float | None = Field(
         None, gt=0, description="Of Adam; none means dictionary-learning's 2e-4 / sqrt(latents / 2^14)."
     )

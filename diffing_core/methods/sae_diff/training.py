@@ -16,7 +16,7 @@ from typing import Any
 from diffing_core.activation_pairs import PairedActivations, PairedRows
 from diffing_core.interrupts import held_interrupts
 from diffing_core.lazy import torch
-from diffing_core.methods.sae_diff.checkpoint import check_same, load_checkpoint, save_checkpoint
+from diffing_core.methods.sae_diff.checkpoint import check_same, load_checkpoint, save_checkpoint, trained_on_others
 from diffing_core.methods.sae_diff.dictionary import Dictionary, Scaling
 from diffing_core.methods.sae_diff.plan import Plan
 from diffing_core.progress import track
@@ -73,17 +73,22 @@ class Trained:
 def trained(material: Material, plan: Plan, scaling: Scaling, folder: Path, device: Any) -> Trained:
     """Trains, goes on from a checkpoint, or loads what the folder holds already.
 
+    What was trained on other bytes than are stored now is trained anew.
+
     Raises:
-        StorageError: what the folder holds is of another training: other rows, or other settings.
+        StorageError: what the folder holds is of a training with other settings.
     """
     file = folder / f"{material.name}.safetensors"
     config = {
         "target": material.target,
         "layer": material.layer,
+        "activations": material.rows.fingerprint,
         **plan.config(),
         "mean": scaling.mean_D.tolist(),
         "variance": scaling.variance,
     }
+    if file.exists() and trained_on_others(file, Dictionary.load(file)[1], config):
+        file.unlink()
     if not file.exists():
         _train(_Run(material, plan, scaling, config, folder, device), file)
     dictionary, found = Dictionary.load(file)
@@ -155,8 +160,7 @@ def _train(run: _Run, file: Path) -> None:
     whole = finished = False
     with held_interrupts() as act:
         try:
-            with track(run.plan.steps, "steps", f"SAE {run.material.name}") as advance:
-                advance(run.step)
+            with track(run.plan.steps, "steps", f"SAE {run.material.name}", run.step) as advance:
                 whole = True
                 for rows in run.batches():
                     act()

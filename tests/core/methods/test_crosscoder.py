@@ -179,6 +179,18 @@ def test_a_batch_keeps_exactly_its_share_even_among_equals() -> None:
     assert int((keep_largest(code_NF, torch.ones(10), 3) > 0).sum()) == 6, "nothing that is zero becomes active"
 
 
+def test_one_latent_is_kept_however_small_the_batch() -> None:
+    kept_NF = keep_largest(torch.tensor([[1.0, 3.0, 2.0]]), torch.ones(3), 0.4)
+    assert kept_NF.tolist() == [[0.0, 3.0, 0.0]]
+
+
+def test_a_k_below_one_has_a_threshold_too() -> None:
+    world = World()
+    crosscoder = begun(world, Plan(steps=1, learning_rate=1e-3, k=1e-4)).crosscoder
+    crosscoder.threshold = calibrated_threshold(crosscoder, [world.batch(100, 0)], 1e-4)
+    assert int((crosscoder.encode(world.batch(100, 0)) > 0).sum()) == 1
+
+
 def test_scores_decide_and_the_code_itself_is_kept() -> None:
     code_NF = torch.tensor([[3.0, 1.0, 2.0]])
     assert keep_largest(code_NF, torch.tensor([1.0, 10.0, 1.0]), 1).tolist() == [[0.0, 1.0, 0.0]]
@@ -338,8 +350,8 @@ def test_a_run_taken_up_again_ends_where_an_unbroken_one_does(tmp_path: Path, st
     train(unbroken, short_epoch, noting)
     with pytest.raises(Stopped):
         train(first, short_epoch, stopping)
-    checkpoint.keep(first, tmp_path)
-    assert checkpoint.resume(second, tmp_path)
+    checkpoint.keep(first, tmp_path, "bytes")
+    assert checkpoint.resume(second, tmp_path, "bytes")
     assert second.done == stop_at
     train(second, short_epoch, noting)
     for name, weight in unbroken.parameters.items():
@@ -351,19 +363,19 @@ def test_a_run_taken_up_again_ends_where_an_unbroken_one_does(tmp_path: Path, st
 def test_nothing_to_resume_and_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     world = World()
     training = begun(world, PLAN)
-    assert not checkpoint.resume(training, tmp_path)
-    checkpoint.keep(training, tmp_path)
+    assert not checkpoint.resume(training, tmp_path, "bytes")
+    checkpoint.keep(training, tmp_path, "bytes")
     with pytest.raises(StorageError, match="60 steps.*expected 61 steps"):
-        checkpoint.resume(begun(world, Plan(**vars(PLAN) | {"steps": 61})), tmp_path)
+        checkpoint.resume(begun(world, Plan(**vars(PLAN) | {"steps": 61})), tmp_path, "bytes")
     (tmp_path / checkpoint.CHECKPOINT).write_bytes(b"\x08\x00")
     with pytest.raises(StorageError, match="delete it to train anew"):
-        checkpoint.resume(begun(world, PLAN), tmp_path)
+        checkpoint.resume(begun(world, PLAN), tmp_path, "bytes")
 
 
 def test_a_stored_crosscoder_encodes_as_before_and_leaves_no_checkpoint(tmp_path: Path) -> None:
     world = World()
     training = trained(world, 20, "dedicated")
-    checkpoint.keep(training, tmp_path)
+    checkpoint.keep(training, tmp_path, "bytes")
     checkpoint.save(training.crosscoder, tmp_path, {"k": K})
     again, config = checkpoint.load(tmp_path)
     assert config["k"] == K and not (tmp_path / checkpoint.CHECKPOINT).exists()
@@ -402,3 +414,9 @@ def test_defaults_grow_with_model_and_corpus_to_the_published_ones(
     assert (settings.n_latents(width, n_tokens), settings.rows_per_batch(n_tokens)) == (latents, rows)
     assert (plan.k, plan.steps) == (k, steps)
     assert plan.warm_up_steps <= steps / 20 and plan.annealing_steps <= steps / 5
+
+
+def test_a_token_limit_gives_way_to_the_fewest_steps() -> None:
+    settings = CrosscoderSettings(max_tokens=6400, min_steps=300)
+    assert settings.plan(64, 468, 30_000).steps == 300
+    assert CrosscoderSettings(max_tokens=6400, min_steps=5).plan(64, 468, 30_000).steps == round(6400 / settings.rows_per_batch(30_000))

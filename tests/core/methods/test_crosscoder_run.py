@@ -1,5 +1,9 @@
 """Crosscoder on stored activations of small models: fit, counts, causal test, folders, stopping and going on."""
 
+import contextlib
+import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from diffing_core.activation_pairs import PairedActivations, Selection, StoredPa
 from diffing_core.activations import ActivationStore
 from diffing_core.capture import capture_residuals
 from diffing_core.comparison import run_key
-from diffing_core.corpus import ProbeCorpus, ProbeSequence
+from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
 from diffing_core.errors import NotComputableError
 from diffing_core.fit_reading import FitReading
 from diffing_core.lake import Lake
@@ -243,11 +247,8 @@ def test_a_finished_crosscoder_is_not_trained_again(
 
 def interrupting(at: int) -> Callable:
     """A progress that is stopped by the user after so many steps."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def track(*_: object):
-        done = 0
+    @contextlib.contextmanager
+    def track(total: int, unit: str, what: str, done: int = 0):
 
         def advance(amount: int, **measures: float) -> None:
             nonlocal done
@@ -288,6 +289,97 @@ def test_a_step_that_was_cut_short_is_not_kept(made: tuple[ModelPair, StoredPair
         with pytest.raises(KeyboardInterrupt):
             run(made, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_interrupt_within_a_step_waits_for_its_end_and_its_log_row(
+    made: tuple[ModelPair, StoredPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken, step, taken = run(made, tmp_path / "unbroken"), torch.optim.Adam.step, []
+
+    def interrupted(self: torch.optim.Adam, *_: object) -> None:
+        taken.append(1)
+        if len(taken) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.Adam, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(made, tmp_path / "broken")
+    [left] = [path for path in (tmp_path / "broken").rglob("*") if path.is_file()]
+    place = json.loads(checkpoint._load(left)[1]["place"])
+    assert place["done"] == 7 and [row["step"] for row in place["log"]] == list(range(1, 8))
+    taken_up = run(made, tmp_path / "broken")
+    assert all(unbroken[name].equals(taken_up[name]) for name in unbroken)
+
+
+def test_an_interrupt_of_the_last_step_finds_the_crosscoder_finished(
+    made: tuple[ModelPair, StoredPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: torch.optim.Adam, *_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(made, tmp_path, min_steps=1, epochs=0.01)
+    monkeypatch.setattr(fitting, "train", lambda *_: pytest.fail("trained again"))
+    assert run(made, tmp_path, min_steps=1, epochs=0.01)["crosscoder_training"]["step"].to_list() == [1]
+
+
+@pytest.mark.parametrize("at", [11, None], ids=["checkpoint", "finished"])
+def test_what_was_fitted_on_other_bytes_is_trained_anew_and_said(
+    made: tuple[ModelPair, StoredPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    at: int | None,
+) -> None:  # fmt: skip
+    settings, steps = CrosscoderSettings(**QUICK), []
+    with monkeypatch.context() as patched:
+        if at is not None:
+            patched.setattr(fitting, "track", interrupting(at))
+        with contextlib.suppress(KeyboardInterrupt):
+            fitting.fit(made[1].at(2), settings, tmp_path, "cpu")
+    fingerprint = PairedActivations.fingerprint.fget
+    monkeypatch.setattr(PairedActivations, "fingerprint", property(lambda self: "anew " + fingerprint(self)))
+    monkeypatch.setattr(fitting, "track", counting(steps))
+    with caplog.at_level("INFO", "diffing_core.methods.crosscoder.checkpoint"):
+        fitted = fitting.fit(made[1].at(2), settings, tmp_path, "cpu")
+    [said] = [each for each in caplog.messages if "training anew" in each]
+    assert "which are now anew" in said and sum(steps) == 30
+    assert all(tensor.grad is None for tensor in fitted.crosscoder.parameters().values())
+    steps.clear()
+    fitting.fit(made[1].at(2), settings, tmp_path, "cpu")
+    assert steps == [], "the new one stands in its place"
+
+
+def counting(steps: list[int]) -> Callable:
+    """A progress that notes its amounts."""
+
+    @contextlib.contextmanager
+    def track(*_: object):
+        yield lambda amount, **measures: steps.append(amount)
+
+    return track
+
+
+def test_roles_and_template_choose_what_is_read_and_encoded(made: tuple[ModelPair, StoredPair]) -> None:
+    settings = CrosscoderSettings(roles=("user",), template=False)
+    assert fitting.selection(settings, "fit") == Selection(1, ("user",), False, "fit", 0.1)
+    user = ROLES.index("user")
+    role_T, template_T = np.asarray([0, user, user, user, 0], np.int8), np.asarray([0, 0, 0, 1, 1], bool)
+    text = ProbeCorpus("chat", (ProbeSequence(np.arange(5, dtype=np.int32), role_T, template_T),), 1)
+    everything = Outliers((np.inf, np.inf))
+    [(_, read_N)] = Read(5, 2, everything, 0, settings.roles, settings.template).batches(text)
+    [(_, default_N)] = Read(5, 2, everything, 0).batches(text)
+    assert read_N.tolist() == [False, False, True, False, False]
+    assert default_N.tolist() == [False, False, True, True, True]
+
+
+def test_cosines_are_of_what_each_model_gives_and_of_what_is_read_in_it(made: tuple[ModelPair, StoredPair], tmp_path: Path) -> None:
+    latents = run(made, tmp_path)["crosscoder_latents"]
+    crosscoder, _ = checkpoint.load(tmp_path / "layer2")
+    for name, sides in (("encoder_cosine", [each.T for each in crosscoder.encoder_MDF]), ("decoder_cosine", crosscoder.decoder_MFD)):
+        expected = torch.nn.functional.cosine_similarity(*(each.double() for each in sides), dim=1)
+        np.testing.assert_allclose(latents[name].to_numpy(), expected.numpy(), atol=1e-6)
+        assert latents[name].min() < 0.999
 
 
 def test_progress_shows_what_the_training_comes_to(

@@ -3,6 +3,7 @@
 Regressions are named after the defects of dictionary-learning and of the diffing toolkit that they guard against.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -258,19 +259,38 @@ def test_two_data_sets_of_one_shape_share_no_statistics_as_the_toolkits_cache_ke
     other = Toy(tmp_path / "other", seed=1)
     ours, theirs = (Scaling.of(each.material().moments()) for each in (toy, other))
     assert np.abs(ours.mean_D - theirs.mean_D).max() > 1e-3
-    fitted(toy.material(), tmp_path / "result", epochs=0.3)
-    with pytest.raises(StorageError, match="another training: mean, variance differ"):
-        fitted(other.material(), tmp_path / "result", epochs=0.3)
+    ours = fitted(toy.material(), tmp_path / "result", epochs=0.3)
+    theirs = fitted(other.material(), tmp_path / "result", epochs=0.3)
+    assert ours.config["mean"] != theirs.config["mean"]
 
 
-def test_a_checkpoint_of_other_data_or_settings_is_refused(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_other_settings_is_refused(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffing_core.methods.sae_diff.dictionary.Dictionary.save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fitted(toy.material(), tmp_path, epochs=0.3)
     with pytest.raises(StorageError, match=r"another training: .*seed differ"):
         fitted(toy.material(), tmp_path, epochs=0.3, seed=1)
-    with pytest.raises(StorageError, match="mean"):
-        fitted(Toy(tmp_path / "other", seed=1).material(), tmp_path, epochs=0.3)
+
+
+@pytest.mark.parametrize("interrupted", [True, False], ids=["checkpoint", "finished"])
+def test_what_was_trained_on_other_bytes_is_trained_anew_and_said(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, interrupted: bool
+) -> None:
+    other, expected = Toy(tmp_path / "other", seed=1), []
+    for folder in (tmp_path / "fresh", tmp_path / "result"):
+        if folder.name == "result":
+            with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+                if interrupted:
+                    patched.setattr("diffing_core.methods.sae_diff.dictionary.Dictionary.save", interrupt)
+                fitted(toy.material(), folder, epochs=0.3)
+            assert len(list(folder.iterdir())) == (1 if interrupted else 2)
+        with caplog.at_level("INFO", "diffing_core.methods.sae_diff.checkpoint"):
+            expected.append(fitted(other.material(), folder, epochs=0.3))
+    [said] = [each for each in caplog.messages if "training anew" in each]
+    assert toy.rows.fingerprint in said and other.rows.fingerprint in said
+    fresh, anew = expected
+    assert torch.equal(fresh.dictionary.decoder_FD, anew.dictionary.decoder_FD) and fresh.log == anew.log
+    assert fresh.config == anew.config
 
 
 def interrupt(*_: Any) -> None:
