@@ -33,7 +33,7 @@ class SaeDiffSettings(SteeringSettings):
     learning_rate: float | None = Field(
         None, gt=0, description="Of Adam; none means dictionary-learning's 2e-4 / sqrt(latents / 2^14)."
     )
-    first_position: int = Field(0, ge=0, description="Positions before it are left out, in every sequence.")
+    first_position: int = Field(1, ge=0, description="Tokens before it are left out of every sequence: attention sinks.")
     roles: tuple[str, ...] | None = Field(None, description=f"Turns that are read, of {', '.join(ROLES)}; none means all.")
     template: bool = Field(True, description="Whether tokens of the chat template are read too.")
     held_out_share: float = Field(0.1, gt=0, lt=1, description="Share of the sequences on which the fit is measured.")
