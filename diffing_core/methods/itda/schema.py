@@ -33,7 +33,7 @@ LAYERS = TableSpec(
         Column("null_documents", "int64", "Texts in which the null pass would add an atom.", role="count"),
         Column("null_documents_high", "float64", "Their share: upper end of the exact 95 % interval.", low=0, high=1),
         Column("p_value", "float64", "That texts with atoms of the tuned pass alone are as likely as of the null pass alone "
-               "(McNemar, exact). Where null_atoms is 0 by construction it is 2^(1 − tuned_documents): that tuning changed "
+               "(McNemar, exact). Where null_atoms is 0 by construction it is 2^(1 − tuned_documents), at most 1: that tuning changed "
                "anything, not that the change is narrow, which only calibration on null arms tells.", low=0, high=1),
         Column("mean_rotation", "float64", "Mean over base atoms of 1 − cos(atom, the tuned model's vector of its token).", "",
                "effect", low=0, high=2),

@@ -382,8 +382,8 @@ def test_a_dictionary_built_otherwise_is_built_anew(planted: Case, tmp_path: Pat
 
 
 def test_variants_and_corpora_of_one_shape_never_share_a_dictionary(planted: Case, tmp_path: Path) -> None:
-    """Defect: the toolkit names what it keeps by organism and last part of the data set's name, so that two variants of one
-    organism, or two data sets of one shape, read each other's. Here even one folder for all of them mixes nothing."""
+    """Defect: the toolkit's checkpoint and results folders are named by organism without variant, and some results by the last
+    part of a data set's name, so that one reads or overwrites the other's. Here even one folder for all of them mixes nothing."""
     variant = Case(tmp_path / "variant", 2.0)
     corpora = planted.stored.corpora
     shaped = tuple(replace(corpus, sequences=tuple(map(turned, corpus.sequences))) for corpus in corpora)
