@@ -11,7 +11,7 @@ may choose an atom again; its coefficients add up.
 Suffixes: N rows, D width, I atoms, K steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,17 @@ class Code:
         """Coefficients [N, I]; those of an atom that was chosen more than once are added up."""
         dense_NI = self.coefficient_NK.new_zeros(len(self.atom_NK), n_atoms)
         return dense_NI.scatter_add_(1, self.atom_NK.clamp(min=0), self.coefficient_NK)
+
+    def parts(self, n_atoms: int) -> Iterator[tuple[slice, Any]]:
+        """The same a few rows at a time: which they are, and their coefficients [n, I]."""
+        n_rows = max(1, VALUES_TOGETHER // max(n_atoms, 1))
+        for start in range(0, len(self.atom_NK), n_rows):
+            here = slice(start, start + n_rows)
+            yield here, Code(self.atom_NK[here], self.coefficient_NK[here]).dense(n_atoms)
+
+    def columns(self, n_atoms: int, atoms: Sequence[int]) -> Any:
+        """Coefficients of some atoms, [N, A]."""
+        return torch.cat([part_NI[:, atoms] for _, part_NI in self.parts(n_atoms)])
 
     def reconstruction(self, atom_ID: Any) -> Any:
         """What the atoms add up to, [N, D]."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffing_core.itda_dictionary import Construction, jaccard, saturated, unit
-from diffing_core.layer_similarity import linear_cka, matched_share
+from diffing_core.layer_similarity import Centred, linear_cka, matched_share
 from diffing_core.pursuit import Pursuit
 
 
@@ -36,6 +36,18 @@ def test_cka_through_either_product_is_the_same() -> None:
     left_ND, right_NE = rows(30, 20, 2), rows(30, 40, 3)
     direct = linear_cka(torch.cat([left_ND, left_ND]), torch.cat([right_NE, right_NE]))  # 60 tokens: the other way
     assert linear_cka(left_ND, right_NE) == pytest.approx(direct, abs=1e-9)
+
+
+@pytest.mark.parametrize("n_rows", [30, 60])
+def test_products_made_once_give_the_same_numbers(n_rows: int) -> None:
+    """Widths on both sides of the number of tokens; the definition written out."""
+    sets = [rows(n_rows, width, width) for width in (8, 20, 40)]
+    kept = [Centred(each) for each in sets]
+    for one, left_ND in zip(kept, sets, strict=True):
+        for other, right_NE in zip(kept, sets, strict=True):
+            left, right = (each.double() - each.double().mean(0) for each in (left_ND, right_NE))
+            expected = (left.T @ right).norm() ** 2 / ((left.T @ left).norm() * (right.T @ right).norm())
+            assert linear_cka(one, other) == linear_cka(left_ND, right_NE) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_matched_share_counts_rows_whose_largest_entry_is_their_own() -> None:

@@ -2,20 +2,27 @@
 
 A dictionary of unit vectors of real tokens is filled on the base until one more pass adds next to nothing. The tuned model's
 vectors of the same tokens then go through the same construction; what is added could not be said with base atoms, and names
-itself by its token and text. One more pass of the base is the null.
+itself by its token and text. One more pass of the base is the null. With `settled_share` 0 a base that saturated has just had
+a pass that added nothing, and the null pass, which repeats it, adds nothing by construction. The p-value of a layer then counts
+texts alone: with k texts in which the tuned model added an atom it is 2^(1 − k). A small one says that tuning changed something,
+never that the change is narrow: any finetuning does that. What separates narrow from any change is calibration on null arms.
 
     rank of new atoms     energy = usage × energy where used, on held-out tuned vectors
     tokens                Σ over leading new atoms of energy × p⁺(token) of h_tuned − h_base at the atom's token
-    published ordering    mean coefficient in the base's dictionary, tuned − base
+    published ordering    mean coefficient in the base's dictionary by plain matching pursuit, tuned − base
     rotation              1 − cos of both models' vectors of the atom's token
     similarity            Jaccard index of the tokens that two dictionaries consist of; linear CKA
+    layers matched        share of base layers whose dictionary is most like that of the same layer of the tuned model
     ablation              share of KL(tuned ‖ base) that goes when the tuned model runs without the new atoms
 
 Reference: https://arxiv.org/abs/2505.17769; the staged diff with saturation and null is this project's.
 """
 
+import numpy as np
+
 from diffing_core.figures import Figure
 from diffing_core.findings import Finding
+from diffing_core.layer_similarity import matched_share
 from diffing_core.methods.base import Method, Need, Tables
 from diffing_core.methods.itda.running import run
 from diffing_core.methods.itda.schema import ABLATIONS, ENERGY, LAYERS, NEW_ATOMS, PASSES, PATTERNS, SIMILARITY, TABLES, TOKENS
@@ -56,7 +63,7 @@ def exceeds_null(row: dict) -> bool:
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
-    """The layer with the most new atoms, and what they do there."""
+    """The layer with the most new atoms, what they do there, and whether layers are still most like themselves."""
     top = max(tables[LAYERS.name].to_pylist(), key=lambda row: row["excess_atoms"])
     removed = [
         row["removed"]
@@ -64,7 +71,20 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
         if (row["layer"], row["ablated"], row["how"]) == (top["layer"], "new", "turned_back")
     ]
     found = {"excess_atoms": top["excess_atoms"], "base_atoms": top["base_atoms"], "at_layer": top["layer"]}
-    return found | ({"kl_removed": removed[0]} if removed else {})
+    found |= {"kl_removed": removed[0]} if removed else {}
+    overlap_LL = _overlap(tables)
+    return found | ({"layers_matched": matched_share(overlap_LL)} if len(overlap_LL) > 1 else {})
+
+
+def _overlap(tables: Tables) -> np.ndarray:
+    """Jaccard index of the base's layers and the tuned model's, [L, L]; the table has every two once, either first."""
+    overlap_of: dict[tuple[int, int], float] = {}
+    for row in tables[SIMILARITY.name].to_pylist():
+        layer_of = {row["side"]: row["layer"], row["other_side"]: row["other_layer"]}
+        if layer_of.keys() == {"base", "tuned"}:
+            overlap_of[layer_of["base"], layer_of["tuned"]] = row["jaccard"]
+    layers = sorted({layer for layer, _ in overlap_of})
+    return np.array([[overlap_of[one, other] for other in layers] for one in layers])
 
 
 def _of(tables: Tables, name: str, layers: dict[int, float]) -> list[dict]:
@@ -73,7 +93,7 @@ def _of(tables: Tables, name: str, layers: dict[int, float]) -> list[dict]:
 
 METHOD = Method(
     name="itda",
-    version="1",
+    version="2",
     kind="fit",
     needs=frozenset({Need.ACTIVATIONS, Need.MODELS, Need.FOLDER}),
     settings=ItdaSettings,

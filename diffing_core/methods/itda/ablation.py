@@ -7,14 +7,15 @@
 v_j and w_j are the tuned model's and the base's vector of the atom's token, u_j the one that the atom is. An atom is a whole
 vector, so that omitting it takes away what both models share, too, and may well raise the KL; turning it back takes away what
 tuning did to its token, as a swap of decoders does in a crosscoder. As many random base atoms are treated alike for comparison.
+Only tokens that were encoded as held-out ones are edited: none before `first_position`, special, or of outlying norm.
 Intervals: texts are drawn again, all ablations on the same draws.
 
 Shapes: B sequences, T positions, N tokens, D width, I atoms, S texts, R draws.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +25,18 @@ from diffing_core.fit_reading import FitReading
 from diffing_core.interventions import edited_residual
 from diffing_core.itda_dictionary import Staged, unit
 from diffing_core.lazy import torch
-from diffing_core.methods.itda.material import Material, turned_ID
+from diffing_core.methods.itda.material import Material, places, turned_ID
 from diffing_core.methods.itda.settings import ItdaSettings
+from diffing_core.progress import Advance, track
+from diffing_core.pursuit import Code
 
 TOKENS_PER_BATCH = 512
 WAYS = ("omitted", "turned_back")
+Taken = Callable[[int, np.ndarray, Any], Any]
+
+
+def _unwatched(_n_batches: int, **_measures: float) -> None:
+    """For who shows no progress."""
 
 
 class Effect(NamedTuple):
@@ -41,63 +49,85 @@ class Effect(NamedTuple):
 
 
 class Behaviour:
-    """Summed KL(tuned ‖ base) of some texts, and the tuned model's residual stream at some layers.
+    """Summed KL(tuned ‖ base) of some texts. Of the base its states after the final norm are kept, never its logits.
 
     Attributes:
         kl_S: nats of the tuned model as it is, summed over the tokens of each text that methods see.
-        states: layer -> one tensor [B, T, D] per batch.
+        n_batches: forwards that one reading of all texts takes.
     """
 
-    def __init__(self, reading: FitReading, documents: Sequence[int], layers: Sequence[int]) -> None:
+    def __init__(self, reading: FitReading, documents: Sequence[int]) -> None:
         self._context = reading.context
         corpus = reading.context.corpus
+        self._document_S = np.asarray(documents, np.int64)
         self._first = corpus.first_seen_S[list(documents)]
         self._some = replace(corpus, sequences=tuple(corpus.sequences[document] for document in documents))
         self.n_tokens = int((np.asarray([len(each) for each in self._some.sequences]) - self._first).sum())
-        self._base = [self._logprob_BTV("base", batch) for batch in self._batches()]
-        self.states: dict[int, list[Any]] = {layer: [] for layer in layers}
-        with ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(edited_residual(reading.context.tuned, layer, self._keep(layer)))
-            self.kl_S = self._kl()
+        self._base = [self._normed_BTD("base", batch) for batch in self._batches()]
+        self.n_batches = len(self._base)
+        self.kl_S = self._kl(_unwatched)
 
-    def kl_without(self, layer: int, taken: Sequence[Any]) -> np.ndarray:
-        """The same KL [S] when this is taken off the residual stream at a layer, one tensor [B, T, D] per batch."""
-        left = iter(taken)
-        with edited_residual(self._context.tuned, layer, lambda hidden_BTD: hidden_BTD - next(left).to(hidden_BTD.dtype)):
-            return self._kl()
+    def kl_without(self, layer: int, taken: Taken, advance: Advance = _unwatched) -> np.ndarray:
+        """The same KL [S] when something is taken off the residual stream at a layer.
 
-    def _keep(self, layer: int) -> Any:
-        def keep(hidden_BTD: Any) -> Any:
-            self.states[layer].append(hidden_BTD)
-            return hidden_BTD
+        Args:
+            layer: whose output is changed.
+            taken: of a batch's number, places int64 [B, T] (see `Material.place_N`) and tuned states [B, T, D] what is taken off.
+            advance: told of each batch.
+        """
+        batches = enumerate(self._batches())
 
-        return keep
+        def edit(hidden_BTD: Any) -> Any:
+            number, batch = next(batches)
+            return hidden_BTD - taken(number, self._place_BT(batch), hidden_BTD).to(hidden_BTD.dtype)
 
-    def _kl(self) -> np.ndarray:
+        with edited_residual(self._context.tuned, layer, edit):
+            return self._kl(advance)
+
+    def _place_BT(self, batch: TokenBatch) -> np.ndarray:
+        return places(self._document_S[list(batch.sequences), None], np.arange(batch.token_BT.shape[1]))
+
+    def _kl(self, advance: Advance) -> np.ndarray:
         total_S = np.zeros(len(self._some.sequences))
-        for batch, base_BTV in zip(self._batches(), self._base, strict=True):
-            tuned_BTV = self._logprob_BTV("tuned", batch)
+        for batch, base_BTD in zip(self._batches(), self._base, strict=True):
+            tuned_BTV = self._logprob_BTV("tuned", self._normed_BTD("tuned", batch))
+            base_BTV = self._logprob_BTV("base", base_BTD)
             kl_BT = torch.linalg.vecdot(tuned_BTV.exp(), tuned_BTV - base_BTV).double().cpu().numpy()
             seen_BT = batch.mask_BT & (np.arange(batch.mask_BT.shape[1]) >= self._first[list(batch.sequences), None])
             total_S[list(batch.sequences)] = (kl_BT * seen_BT).sum(1)
+            advance(1)
         return np.maximum(total_S, 0.0)
 
     def _batches(self) -> Iterator[TokenBatch]:
         yield from self._some.batches(TOKENS_PER_BATCH)
 
-    def _logprob_BTV(self, side: str, batch: TokenBatch) -> Any:
+    def _normed_BTD(self, side: str, batch: TokenBatch) -> Any:
         subject = getattr(self._context, side)
-        token_BT, mask_BT = (torch.from_numpy(each).to(subject.device) for each in (batch.token_BT, batch.mask_BT))
-        logits_BTV = subject.logits(subject.backbone(token_BT, mask_BT))[..., : self._context.vocab_size]
+        return subject.backbone(*(torch.from_numpy(each).to(subject.device) for each in (batch.token_BT, batch.mask_BT)))
+
+    def _logprob_BTV(self, side: str, normed_BTD: Any) -> Any:
+        logits_BTV = getattr(self._context, side).logits(normed_BTD)[..., : self._context.vocab_size]
         return logits_BTV.float().log_softmax(-1)
 
 
-class Ablation:
-    """Takes atoms of one layer's dictionary out of the residual stream; tokens before `first_position` stay as they are."""
+class _Encoded(NamedTuple):
+    """Code of a batch's tokens, their lengths ‖h‖ [N, 1], and which of them are edited, bool [N, 1]."""
 
-    def __init__(self, found: Staged, material: Material, settings: ItdaSettings) -> None:
-        self._found, self._settings = found, settings
+    code: Code
+    norm_N1: Any
+    edited_N1: Any
+
+
+class Ablation:
+    """Takes atoms of one layer's dictionary out of the residual stream.
+
+    Only tokens of `held_out` are edited: others were never encoded, and their vectors are none that the dictionary is for.
+    A batch is encoded when the model first comes to it; what the model does below the layer is the same every time.
+    """
+
+    def __init__(self, found: Staged, material: Material, held_out: Material, settings: ItdaSettings) -> None:
+        self._found, self._settings, self._place_N = found, settings, held_out.place_N
+        self._encoded: dict[int, _Encoded] = {}
         self._removed_ID = {"omitted": found.whole.atom_ID, "turned_back": turned_ID(found, material)}
 
     def effects(self, behaviour: Behaviour, layer: int) -> list[Effect]:
@@ -107,25 +137,26 @@ class Ablation:
             return []
         n_random = min(len(new_I), self._found.n_base)
         random_I = np.random.default_rng(self._settings.seed).choice(self._found.n_base, n_random, replace=False)
-        parts = [self.contributions(hidden_BTD) for hidden_BTD in behaviour.states[layer]]
-        return [
-            Effect(name, how, len(atoms), behaviour.kl_without(layer, [self.taken(part_BTI, atoms, how) for part_BTI in parts]))
-            for name, atoms in (("new", new_I), ("random", random_I))
-            for how in WAYS
-        ]
+        cases = [(name, atoms, how) for name, atoms in (("new", new_I), ("random", random_I)) for how in WAYS]
+        with track(len(cases) * behaviour.n_batches, "batches", f"itda ablation at layer {layer}") as advance:
+            return [
+                Effect(name, how, len(atoms), behaviour.kl_without(layer, partial(self.taken, atoms, how), advance))
+                for name, atoms, how in cases
+            ]
 
-    def contributions(self, hidden_BTD: Any) -> Any:
-        """C_j ‖h‖ of every atom at every token, [B, T, I]."""
-        atom_ID = self._found.whole.atom_ID
+    def taken(self, atoms: np.ndarray, how: str, number: int, place_BT: np.ndarray, hidden_BTD: Any) -> Any:
+        """What these atoms' ablation takes off a batch, [B, T, D]: C_j ‖h‖ of each, times what it stands for."""
+        if number not in self._encoded:
+            self._encoded[number] = self._of_batch(place_BT, hidden_BTD)
+        code, norm_N1, edited_N1 = self._encoded[number]
+        part_NA = code.columns(len(self._found.whole), atoms) * norm_N1 * edited_N1
+        return (part_NA @ self._removed_ID[how][atoms]).view(hidden_BTD.shape)
+
+    def _of_batch(self, place_BT: np.ndarray, hidden_BTD: Any) -> _Encoded:
         vector_ND = hidden_BTD.flatten(0, 1).float()
-        part_NI = self._settings.encoder.encode(unit(vector_ND), atom_ID).dense(len(atom_ID)) * vector_ND.norm(dim=1, keepdim=True)
-        part_BTI = part_NI.view(*hidden_BTD.shape[:2], -1)
-        part_BTI[:, : self._settings.first_position] = 0
-        return part_BTI
-
-    def taken(self, part_BTI: Any, atoms: np.ndarray, how: str) -> Any:
-        """What these atoms' ablation takes off, [B, T, D]."""
-        return part_BTI[..., atoms] @ self._removed_ID[how][atoms]
+        code = self._settings.encoder.encode(unit(vector_ND), self._found.whole.atom_ID)
+        edited_N1 = torch.from_numpy(np.isin(place_BT, self._place_N).reshape(-1, 1)).to(vector_ND.device)
+        return _Encoded(code, vector_ND.norm(dim=1, keepdim=True), edited_N1)
 
 
 def ablation_rows(effects: Sequence[Effect], behaviour: Behaviour, settings: ItdaSettings) -> list[dict[str, Any]]:

@@ -8,17 +8,19 @@ with the base's is the most that two dictionaries of one layer can have in commo
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffing_core.errors import StorageError
 from diffing_core.itda_dictionary import Advance, Construction, Dictionary, Staged, grown, staged, unit
 from diffing_core.lake import replace_file
 from diffing_core.lazy import torch
 from diffing_core.methods.itda.material import Material
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,39 @@ def build(material: Material, how: Construction, advance: Advance) -> LayerDicti
     return LayerDictionary(staged(base_ND, tuned_ND, how, advance), alone.token_I, order[reordered.token_I])
 
 
-def kept_or_built(folder: Path, layer: int, material: Material, how: Construction, advance: Advance) -> LayerDictionary:
-    """What an earlier run of the same identity finished, else built and kept.
+@dataclass(frozen=True)
+class Kept:
+    """Where a layer's dictionary is kept, and the fingerprint of the stored activations that it is of."""
 
-    Raises:
-        StorageError: what is kept was built from other tokens or in another way.
-    """
-    tensors, facts = (folder / f"layer_{layer}.{ending}" for ending in ("safetensors", "json"))
-    config = json.loads(json.dumps(asdict(how))) | {"n_tokens": len(material)}
-    if facts.exists():
-        said = json.loads(facts.read_text())
-        if said["config"] != config:
-            raise StorageError(f"{facts} tells of another dictionary, {said['config']}; expected {config}; delete it and run again")
-        return _loaded(tensors, said, material)
+    folder: Path
+    layer: int
+    fingerprint: str
+
+    @property
+    def tensors(self) -> Path:
+        """Atoms and tokens."""
+        return self.folder / f"layer_{self.layer}.safetensors"
+
+    @property
+    def facts(self) -> Path:
+        """How they were built."""
+        return self.folder / f"layer_{self.layer}.json"
+
+
+def kept_or_built(kept: Kept, material: Material, how: Construction, advance: Advance) -> LayerDictionary:
+    """What an earlier run finished with the same activations, tokens and construction, else built and kept."""
+    config = json.loads(json.dumps(asdict(how))) | {"n_tokens": len(material), "activations": kept.fingerprint}
+    if kept.facts.exists():
+        said = json.loads(kept.facts.read_text())
+        found = _loaded(kept.tensors, said, material) if said["config"] == config else None
+        if found is not None:
+            return found
+        logger.warning("%s was built from other activations, of other tokens or in another way: it is built anew", kept.tensors)
+        kept.facts.unlink()
     built = build(material, how, advance)
-    _save(built, material, tensors)
-    told = {"layer": layer, "config": config, "n_base": built.staged.n_base, "n_after_pass": built.staged.n_after_pass}
-    replace_file(facts, lambda aside: aside.write_text(json.dumps(told, indent=1)))
+    _save(built, material, kept.tensors)
+    told = {"layer": kept.layer, "config": config, "n_base": built.staged.n_base, "n_after_pass": built.staged.n_after_pass}
+    replace_file(kept.facts, lambda aside: aside.write_text(json.dumps(told, indent=1)))
     return built
 
 
@@ -77,9 +95,7 @@ def _save(built: LayerDictionary, material: Material, path: Path) -> None:
         name: torch.from_numpy(np.ascontiguousarray(values, np.int64))
         for name, values in {
             "token": whole.token_I,
-            "corpus": material.rows.corpus_N[whole.token_I],
-            "sequence": material.rows.sequence_N[whole.token_I],
-            "position": material.rows.position_N[whole.token_I],
+            **_place(material, whole.token_I),
             "null_token": built.staged.null_token_I,
             "tuned_alone_token": built.tuned_alone_I,
             "reordered_token": built.reordered_I,
@@ -88,13 +104,19 @@ def _save(built: LayerDictionary, material: Material, path: Path) -> None:
     replace_file(path, lambda aside: save_file(tensors, aside))
 
 
-def _loaded(path: Path, said: dict[str, Any], material: Material) -> LayerDictionary:
+def _place(material: Material, token_I: np.ndarray) -> dict[str, np.ndarray]:
+    """Where tokens are from."""
+    return {name: getattr(material.rows, f"{name}_N")[token_I] for name in ("corpus", "sequence", "position")}
+
+
+def _loaded(path: Path, said: dict[str, Any], material: Material) -> LayerDictionary | None:
+    """What is kept; None if its atoms are not the tokens that the material has at their numbers."""
     from safetensors.torch import load_file
 
     held = load_file(path)
     token_I = held["token"].numpy()
-    if not np.array_equal(material.rows.position_N[token_I], held["position"].numpy()):
-        raise StorageError(f"{path} holds atoms of other tokens than the stored activations have; delete it and run again")
+    if not all(np.array_equal(held[name].numpy(), place_I) for name, place_I in _place(material, token_I).items()):
+        return None
     whole = Dictionary(held["atom"].to(material.base_ND.device), token_I)
     built = Staged(whole, said["n_base"], tuple(said["n_after_pass"]), held["null_token"].numpy())
     return LayerDictionary(built, held["tuned_alone_token"].numpy(), held["reordered_token"].numpy())

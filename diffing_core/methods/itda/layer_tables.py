@@ -56,7 +56,8 @@ class LayerResult:
         sizes = (0, *staged.n_after_pass)
         base, tuned = (usage.in_base_atoms[side] for side in ("base", "tuned"))
         whole = usage.in_all_atoms["tuned"]
-        fvu = {side: usage.fvu(side, code) for side, code in (("base", base), ("tuned", tuned))}
+        n_base, n_whole = staged.n_base, len(staged.whole)
+        fvu = {side: usage.fvu(side, code, n_base) for side, code in (("base", base), ("tuned", tuned))}
         return self._documents_row() | {
             "layer": self.layer,
             "n_tokens": len(self.material),
@@ -71,12 +72,12 @@ class LayerResult:
             "mean_rotation": float(self._rotation_N()[staged.base.token_I].mean()),
             "base_fvu": fvu["base"],
             "tuned_fvu": fvu["tuned"],
-            "whole_fvu": usage.fvu("tuned", whole),
+            "whole_fvu": usage.fvu("tuned", whole, n_whole),
             "excess_fvu": fvu["tuned"] - fvu["base"],
             "difference_fvu": usage.difference_fvu(turned_ID(staged, self.material)),
-            "base_l0": mean_l0(base),
-            "tuned_l0": mean_l0(tuned),
-            "whole_l0": mean_l0(whole),
+            "base_l0": mean_l0(base, n_base),
+            "tuned_l0": mean_l0(tuned, n_base),
+            "whole_l0": mean_l0(whole, n_whole),
         }
 
     def pass_rows(self) -> Rows:
@@ -159,7 +160,7 @@ class LayerResult:
     def activations(self) -> Iterator[tuple[PairedRows, np.ndarray]]:
         """The held-out tokens and the size of the leading new atoms in their tuned vectors, [A, N]."""
         if len(self.leading):
-            yield self.held_out.rows, self.usage.in_all_atoms["tuned"][:, self.leading].abs().T.cpu().numpy()
+            yield self.held_out.rows, self.usage.sizes("tuned", self.leading).T
 
     def _rotation_N(self) -> np.ndarray:
         """1 − cos of both models' vectors as half their squared distance, which is exactly 0 for equal ones."""

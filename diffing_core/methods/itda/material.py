@@ -47,11 +47,16 @@ class Material:
     @property
     def place_N(self) -> np.ndarray:
         """One number per token, the same at every layer."""
-        return self.sequence_N.astype(np.int64) << 32 | self.rows.position_N.astype(np.int64)
+        return places(self.sequence_N, self.rows.position_N)
 
     def documents_of(self, token_I: np.ndarray) -> np.ndarray:
         """Texts that these tokens are from, each once."""
         return np.unique(self.sequence_N[token_I])
+
+
+def places(sequence_N: np.ndarray, position_N: np.ndarray) -> np.ndarray:
+    """One number for each token of a text, int64; the two are broadcast."""
+    return sequence_N.astype(np.int64) << 32 | position_N.astype(np.int64)
 
 
 def turned_ID(found: Staged, material: Material) -> Any:

@@ -47,4 +47,4 @@ def _coefficients(result: LayerResult, vector_ND: Any) -> np.ndarray:
     """Absolute coefficients of the leading new atoms, [N, A]."""
     atom_ID = result.found.staged.whole.atom_ID
     code = result.settings.encoder.encode(unit(vector_ND.float().to(atom_ID.device)), atom_ID)
-    return code.dense(len(atom_ID))[:, result.leading].abs().cpu().numpy()
+    return code.columns(len(atom_ID), result.leading).abs().cpu().numpy()

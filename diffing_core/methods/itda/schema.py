@@ -21,7 +21,8 @@ LAYERS = TableSpec(
         Column("n_held_out", "int64", "Held-out tokens that were encoded.", role="count"),
         Column("base_atoms", "int64", "Atoms after all passes over the base.", role="count"),
         Column("is_saturated", "bool", "Whether the last pass over the base added next to nothing."),
-        Column("null_atoms", "int64", "Atoms that one more pass over the base would add.", role="count"),
+        Column("null_atoms", "int64", "Atoms that one more pass over the base would add; 0 by construction if the base saturated "
+               "with settled_share 0, since its last pass added none.", role="count"),
         Column("tuned_atoms", "int64", "Atoms that the pass over the tuned model added.", role="count"),
         Column("new_atoms", "int64", "Those of them that the null pass would not add too.", role="effect"),
         Column("excess_atoms", "int64", "tuned_atoms − null_atoms.", role="effect"),
@@ -32,7 +33,8 @@ LAYERS = TableSpec(
         Column("null_documents", "int64", "Texts in which the null pass would add an atom.", role="count"),
         Column("null_documents_high", "float64", "Their share: upper end of the exact 95 % interval.", low=0, high=1),
         Column("p_value", "float64", "That texts with atoms of the tuned pass alone are as likely as of the null pass alone "
-               "(McNemar, exact).", low=0, high=1),
+               "(McNemar, exact). Where null_atoms is 0 by construction it is 2^(1 − tuned_documents), at most 1: that tuning changed "
+               "anything, not that the change is narrow, which only calibration on null arms tells.", low=0, high=1),
         Column("mean_rotation", "float64", "Mean over base atoms of 1 − cos(atom, the tuned model's vector of its token).", "",
                "effect", low=0, high=2),
         Column("base_fvu", "float64", "Unexplained variance of held-out base vectors in base atoms.", low=0),
@@ -73,8 +75,8 @@ ATOMS = TableSpec(
         TOKEN,
         SNIPPET,
         Column("rotation", "float64", "1 − cos of both models' vectors of the token.", "", "effect", low=0, high=2),
-        Column("published_delta", "float64", "Mean coefficient in the base's dictionary over held-out tokens, tuned − base; null "
-               "for added atoms.", "", "effect", nullable=True),
+        Column("published_delta", "float64", "Mean coefficient in the base's dictionary over held-out tokens, by plain matching "
+               "pursuit, tuned − base; null for added atoms.", "", "effect", nullable=True),
         Column("published_rank", "int32", "Place by its size, from 1.", nullable=True, low=1),
         Column("p_value", "float64", "That texts raise and lower it equally often (sign test, exact).", nullable=True, low=0, high=1),
         Column("q_value", "float64", "After Benjamini–Hochberg over the layer's base atoms.", nullable=True, low=0, high=1),
