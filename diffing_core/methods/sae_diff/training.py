@@ -56,8 +56,8 @@ class Material:
         return moments
 
     def some(self, part: str) -> Any:
-        """At most MEASURED_ROWS vectors of a part, drawn from all over; None where it has no rows."""
-        first = next(self.part(part).shuffled(MEASURED_ROWS, seed=0, pool_rows=4 * MEASURED_ROWS), None)
+        """At most MEASURED_ROWS vectors of a part, drawn from a whole pool of mixed corpora; None where it has no rows."""
+        first = next(self.part(part).shuffled(MEASURED_ROWS, seed=0), None)
         return None if first is None else self.vectors(first)
 
 
