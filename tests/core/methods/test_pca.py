@@ -27,7 +27,7 @@ from tests.model_files import VOCAB, WIDTH
 PLANTED = 7
 SHIFT = 6.0
 ROLE = ROLES[1]
-QUICK = {"steered": 0}
+QUICK = {"first_position": 0, "steered": 0}
 METHOD = get_method("pca")
 
 
