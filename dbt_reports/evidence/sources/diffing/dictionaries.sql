@@ -1,1 +1,0 @@
-select * from marts.dictionary_side_by_side
