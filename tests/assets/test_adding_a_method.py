@@ -86,6 +86,6 @@ def test_one_file_is_all_it_takes(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["keys"]) == {"diffs/mean_gap", "hypotheses/mean_gap", "grades/mean_gap"}
     assert "sources/probe_corpora" in found["keys"]["diffs/mean_gap"]
-    assert "gap double not null" in found["ddl"]
+    assert '"gap" double not null' in found["ddl"]
     assert found["source"] == ["diffs", "mean_gap"]
     assert found["form"] == ["scale"]

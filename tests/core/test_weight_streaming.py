@@ -69,7 +69,7 @@ def sharded(folder: Path, change: float) -> Path:
 def test_checkpoints_larger_than_the_memory_limit_are_compared_key_by_key(tmp_path):
     base, tuned = sharded(tmp_path / "base", 0.0), sharded(tmp_path / "tuned", 3.0)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) > 2.4 * LIMIT_MB * MEGABYTE
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
     command = [sys.executable, "-c", COMPARE, base, tuned]
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
