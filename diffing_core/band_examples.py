@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from diffing_core.activation_pairs import PairedRows
-from diffing_core.corpus import ROLES
+from diffing_core.examples import text_columns, text_row
 from diffing_core.fit_reading import FitReading
 from diffing_core.sampling import position_hash
 from diffing_core.tables import Column, Role, TableSpec
@@ -45,13 +45,7 @@ def bands_spec(name: str, doc: str, groups: tuple[Column, ...], *, unit: str = "
             Column("band", "float64", "Lower edge of the band, as share of the latent's largest activation.", role="key"),
             Column("rank", "int32", "Place in the band, from 1; in the highest by size.", role="key", low=1),
             Column("score", "float64", "Largest activation in the sequence.", unit, role),
-            Column("sequence", "int32", "Index of the probe sequence, counted through all corpora.", low=0),
-            Column("position", "int32", "Position of the largest activation, from 0.", low=0),
-            Column("first_position", "int32", "Position of the first token listed.", low=0),
-            Column("tokens", "list<string>", "Tokens as text, one by one."),
-            Column("speakers", "list<string>", "Role whose turn it is at each of these tokens."),
-            Column("is_template", "list<bool>", "Whether each of them belongs to the chat template."),
-            Column("values", "list<float32>", "Activation at each of these tokens; 0 where rows were left out.", unit, role),
+            *text_columns(unit, role),
         ),
         heavy=True,
     )
@@ -122,17 +116,9 @@ def _values(reading: FitReading, read: Read, wanted: set[tuple[int, int]]) -> di
 
 
 def _row(each: _Chosen, reading: FitReading, value_T: np.ndarray) -> dict[str, Any]:
-    context = reading.context
-    whole, first = context.corpus.sequences[each.sequence], int(context.corpus.first_seen_S[each.sequence])
+    first = int(reading.context.corpus.first_seen_S[each.sequence])
     return {
         "band": each.band,
         "rank": each.rank,
         "score": float(value_T.max()),
-        "sequence": each.sequence,
-        "position": int(value_T.argmax()),
-        "first_position": first,
-        "tokens": context.token_texts(whole.token_T[first:]),
-        "speakers": np.take(ROLES, whole.role_T[first:]).tolist(),
-        "is_template": whole.template_T[first:].tolist(),
-        "values": value_T[first:],
-    }
+    } | text_row(reading.context, each.sequence, first, value_T[first:])

@@ -23,6 +23,39 @@ from diffing_core.tables import Column, Role, TableSpec
 RANKINGS = ("max", "mean")
 
 
+def text_columns(unit: str, role: Role) -> tuple[Column, ...]:
+    """The columns of one text with a value at each of its tokens; `text_row` fills them."""
+    return (
+        Column("sequence", "int32", "Index of the probe sequence, counted through all corpora that were read.", low=0),
+        Column("position", "int32", "Position of the largest value in the sequence, from 0.", low=0),
+        Column("first_position", "int32", "Position of the first token listed: those skipped have no value.", low=0),
+        Column("tokens", "list<string>", "Tokens of the whole sequence as text, one by one. Untrusted."),
+        Column("speakers", "list<string>", "Role whose turn it is at each of these tokens."),
+        Column("is_template", "list<bool>", "Whether each of them belongs to the chat template."),
+        Column("values", "list<float32>", "The quantity at each of these tokens.", unit, role),
+    )
+
+
+def text_row(context: StreamContext, sequence: int, first: int, value_T: np.ndarray) -> dict[str, Any]:
+    """Those columns of a sequence whose tokens from `first` on have the values [T]."""
+    whole, seen = context.corpus.sequences[sequence], slice(first, first + len(value_T))
+    return {
+        "sequence": sequence,
+        "position": first + int(value_T.argmax()),
+        "first_position": first,
+        "tokens": context.token_texts(whole.token_T[seen]),
+        "speakers": np.take(ROLES, whole.role_T[seen]).tolist(),
+        "is_template": whole.template_T[seen].tolist(),
+        "values": value_T,
+    }
+
+
+def around_peak(row: Mapping[str, Any], before: int, after: int) -> str:
+    """The text of such a row, from so many tokens before its largest value to so many behind it."""
+    peak = row["position"] - row["first_position"]
+    return "".join(row["tokens"][max(0, peak - before) : peak + after + 1])
+
+
 def examples_spec(
     name: str, doc: str, groups: tuple[Column, ...], *, unit: str = "", role: Role = "effect"
 ) -> TableSpec:
@@ -39,13 +72,7 @@ def examples_spec(
             Column("ranked_by", "string", "What orders the sequences: max or mean of their tokens' values.", role="key"),
             Column("rank", "int32", "1 is the largest.", role="key", low=1),
             Column("score", "float64", "That maximum or mean.", unit, role),
-            Column("sequence", "int32", "Index of the probe sequence.", low=0),
-            Column("position", "int32", "Position of the largest value in the sequence, from 0.", low=0),
-            Column("first_position", "int32", "Position of the first token listed: those skipped have no value.", low=0),
-            Column("tokens", "list<string>", "Tokens of the whole sequence as text, one by one."),
-            Column("speakers", "list<string>", "Role whose turn it is at each of these tokens."),
-            Column("is_template", "list<bool>", "Whether each of them belongs to the chat template."),
-            Column("values", "list<float32>", "The quantity at each of these tokens.", unit, role),
+            *text_columns(unit, role),
         ),
         heavy=True,
     )
@@ -121,15 +148,4 @@ class TopExamples:
 
 
 def _row(example: _Example, context: StreamContext) -> dict[str, Any]:
-    sequence, first = -example.minus_sequence, example.first_position
-    whole, seen = context.corpus.sequences[sequence], slice(first, first + len(example.value_T))
-    return {
-        "score": example.score,
-        "sequence": sequence,
-        "position": first + int(example.value_T.argmax()),
-        "first_position": first,
-        "tokens": context.token_texts(whole.token_T[seen]),
-        "speakers": np.take(ROLES, whole.role_T[seen]).tolist(),
-        "is_template": whole.template_T[seen].tolist(),
-        "values": example.value_T,
-    }
+    return {"score": example.score} | text_row(context, -example.minus_sequence, example.first_position, example.value_T)

@@ -27,7 +27,7 @@ from diffing_core.blocks import pick_layers
 from diffing_core.corpus import ROLES
 from diffing_core.covariance import Covariance, Principal
 from diffing_core.errors import NotComputableError
-from diffing_core.examples import TopExamples, examples_spec
+from diffing_core.examples import TopExamples, around_peak, examples_spec
 from diffing_core.figures import Figure
 from diffing_core.findings import Finding
 from diffing_core.fit_reading import FitReading
@@ -328,17 +328,11 @@ def _text_findings(leading: Mapping[Any, Mapping[str, Any]], tables: Tables, set
     shown.sort(key=lambda each: (-each[0], -each[1]["layer"], each[1]["component"], each[1]["rank"]))
     return [
         Finding(
-            "text_snippet", _around_peak(row), share, "explained share", EXAMPLES.name,
+            "text_snippet", around_peak(row, TOKENS_BEFORE, TOKENS_AFTER), share, "explained share", EXAMPLES.name,
             {name: row[name] for name in EXAMPLES.grain}, layer=row["layer"], position=row["position"],
         )
         for share, row in shown
     ]  # fmt: skip
-
-
-def _around_peak(example: Mapping[str, Any]) -> str:
-    """The text up to a little behind the place of the largest coordinate."""
-    peak = example["position"] - example["first_position"]
-    return "".join(example["tokens"][max(0, peak - TOKENS_BEFORE) : peak + TOKENS_AFTER + 1])
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:

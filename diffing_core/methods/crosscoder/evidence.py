@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from diffing_core.band_examples import BANDS
+from diffing_core.examples import around_peak
 from diffing_core.findings import Finding
 from diffing_core.methods.base import Tables
 from diffing_core.methods.crosscoder.declaration import EXAMPLES, LATENTS, TOKENS
@@ -45,8 +46,7 @@ def _texts(examples: pa.Table, size: Mapping[tuple[int, int], float], most: int)
     rows.sort(key=lambda row: -size[row["layer"], row["latent"]])
     found = []
     for row in rows[:most]:
-        at = row["position"] - row["first_position"]
-        text = "".join(row["tokens"][max(0, at - SNIPPET_TOKENS) : at + SNIPPET_TOKENS])
+        text = around_peak(row, SNIPPET_TOKENS, SNIPPET_TOKENS - 1)
         key = {name: row[name] for name in EXAMPLES.grain}
         found.append(
             Finding("text_snippet", text, size[row["layer"], row["latent"]], "activation units", EXAMPLES.name, key,

@@ -39,9 +39,10 @@ def fit(stored: PairedActivations, settings: CrosscoderSettings, folder: Path, d
     n_latents = settings.n_latents(stored.d_model, n_tokens)
     plan = settings.plan(stored.d_model, n_latents, n_tokens)
     fingerprint = activations.fingerprint
-    finished = checkpoint.load(folder, device, fingerprint)
-    if finished is not None:
-        return Fitted(finished[0], sample, plan, finished[1]["log"])
+    found = checkpoint.load(folder, device, fingerprint)
+    if found is not None:
+        crosscoder, config = found
+        return Fitted(crosscoder, sample, plan, config["log"])
     scale_M = sample.scale_M(settings.input_scale == "common")
     start = Crosscoder.initial(
         Partition.of(settings.partition, n_latents, settings.partition_share, settings.shared_sparsity),

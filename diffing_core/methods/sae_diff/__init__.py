@@ -21,6 +21,7 @@ from dataclasses import replace
 from diffing_core.activation_pairs import Selection
 from diffing_core.band_examples import BANDS
 from diffing_core.errors import NotComputableError
+from diffing_core.examples import around_peak
 from diffing_core.figures import Figure
 from diffing_core.findings import Finding
 from diffing_core.fit_reading import FitReading
@@ -104,16 +105,10 @@ def _texts(tables: Tables) -> list[Finding]:
     strongest = [row for row in rows if row["target"] == "difference" and row["rank"] == 1 and row["band"] == BANDS[-1]]
     keys = ("layer", "target", "latent", "band", "rank")
     return [
-        Finding("text_snippet", _around(row), row["score"], UNIT, EXAMPLES.name, {name: row[name] for name in keys},
-                layer=row["layer"], position=row["position"])
+        Finding("text_snippet", around_peak(row, SNIPPET_TOKENS, SNIPPET_TOKENS // 2), row["score"], UNIT, EXAMPLES.name,
+                {name: row[name] for name in keys}, layer=row["layer"], position=row["position"])
         for row in strongest[:SNIPPETS]
     ]  # fmt: skip
-
-
-def _around(row: dict) -> str:
-    """The text up to the token where the latent fires most, and a little beyond."""
-    at = row["position"] - row["first_position"]
-    return "".join(row["tokens"][max(0, at - SNIPPET_TOKENS) : at + SNIPPET_TOKENS // 2 + 1])
 
 
 def headline(tables: Tables) -> dict[str, float | int | str]:
