@@ -7,7 +7,6 @@ one is found again, and nothing here needs torch.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffing_core.demo.tiers import Finetune, Tier
+from diffing_core.new_folder import new_folder
 
 SOURCE_VERSION = 1  # raise when the code of this package changes what a build writes
 PACKAGE = Path(__file__).parent
@@ -51,15 +51,9 @@ class Artifact:
 
         When another process finished the same artifact meanwhile, its folder stays: the two are equal by their name.
         """
-        target = self.folder(root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root) as parent:
-            aside = Path(parent) / target.name
-            aside.mkdir()
+        with new_folder(self.folder(root)) as aside:
             yield aside
             (aside / RECIPE_FILE).write_text(self.recipe, encoding="utf-8")
-            if not target.exists():
-                aside.rename(target)
 
 
 @cache
