@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -60,25 +61,27 @@ class ActivationWriter:
         self.n_rows = min(self._part * activation_parts.ROWS_PER_PART, n_rows)
         self._dtype, self._d_model = dtype, d_model
         self._schema = schema(d_model * dtype.itemsize, {"d_model": str(d_model), "dtype": name_of(dtype)})
+        self._group = _Group(min(activation_parts.ROWS_PER_GROUP, n_rows - self.n_rows), d_model, dtype)
         self._open: _Part | None = None
-        self._pending: list[pa.RecordBatch] = []
         self._intact = True
 
     def add(self, block: TokenBlock, vector_ND: Any, first: int = 0) -> None:
-        """Adds the block's tokens with their vectors, from row `first` on."""
+        """Adds the block's tokens with their vectors, from row `first` on, and writes every row group that is full.
+
+        Raises:
+            StorageError: other vectors than announced, more rows than announced, or a file that could not be written.
+        """
         if vector_ND.dtype != self._dtype:
             raise StorageError(f"{self.folder} holds {self._dtype}, but a block came as {vector_ND.dtype}: mend the model's dtype")
         n_added = len(block) - first
         if self.n_rows + n_added > self._expected:
             raise StorageError(f"{self.folder} is for {self._expected} rows, but {self.n_rows + n_added} came; give the corpus's tokens")
-        own_ND = vector_ND[first:].to("cpu", copy=True).contiguous()  # the pass writes its next batch over the block's
-        raw = own_ND.view(torch.uint8).numpy()
-        vectors = pa.FixedSizeBinaryArray.from_buffers(self._schema.field("vector").type, n_added, [None, pa.py_buffer(raw)])
-        columns = [block.sequence_N, block.position_N, block.token_N.cpu().numpy(), block.role_N, block.template_N]
-        arrays = [pa.array(values[first:], type=field.type) for values, field in zip(columns, self._schema, strict=False)]
-        self._pending.append(pa.RecordBatch.from_arrays([*arrays, vectors], schema=self._schema))
-        self.n_rows += n_added
-        self._flush()
+        self._require_intact()
+        while first < len(block):
+            n_taken = self._group.add(block, vector_ND, first)
+            first, self.n_rows = first + n_taken, self.n_rows + n_taken
+            if self._group.full or self.n_rows == self._expected:
+                self._write()
 
     def close(self) -> None:
         """Makes sure that the set is complete.
@@ -86,7 +89,7 @@ class ActivationWriter:
         Raises:
             StorageError: rows are missing, or some could not be written.
         """
-        self._flush()
+        self._require_intact()
         if self._part < len(self._parts):
             raise StorageError(f"{self.folder} is for {self._expected} rows, but {self.n_rows} came; run this pair again")
 
@@ -95,37 +98,67 @@ class ActivationWriter:
         if self._open is not None:
             self._open.remove()
 
-    def _flush(self) -> None:
-        """Writes what fills a row group, or ends the set."""
+    def _require_intact(self) -> None:
         if not self._intact:
             raise StorageError(f"{self.folder} could not be written by another pair of this pass; run this pair again")
-        n_pending = sum(map(len, self._pending))
-        if n_pending < activation_parts.ROWS_PER_GROUP and (self.n_rows < self._expected or not n_pending):
-            return
-        pending = pa.Table.from_batches(self._pending)
-        self._intact = False
-        while len(pending) >= activation_parts.ROWS_PER_GROUP or (len(pending) and self.n_rows == self._expected):
-            self._write(pending.slice(0, activation_parts.ROWS_PER_GROUP))
-            pending = pending.slice(activation_parts.ROWS_PER_GROUP)
-        self._pending, self._intact = pending.to_batches(), True
 
-    def _write(self, group: pa.Table) -> None:
-        """Writes one row group, and ends the part where it is the part's last."""
+    def _write(self) -> None:
+        """Writes the row group, and ends the part where it is the part's last."""
+        self._intact = False
         if self._open is None:
-            self._open = _Part(self._parts[self._part], self._schema, self._d_model, self._dtype)
-        self._open.write(group)
+            self._open = _Part(self._parts[self._part], self._schema, self._d_model)
+        self._open.write(self._group)
+        self._group.n_rows = 0
         last = self._part == len(self._parts) - 1
         size = self._expected - self._part * activation_parts.ROWS_PER_PART if last else activation_parts.ROWS_PER_PART
         if self._open.n_rows == size:
             self._open.finish()
             self._open, self._part = None, self._part + 1
+        self._intact = True
+
+
+class _Group:
+    """Room for the rows of one row group, filled again and again: each vector is copied once before it is written."""
+
+    def __init__(self, size: int, d_model: int, dtype: Any) -> None:
+        self.n_rows = 0
+        self._size = size
+        self._vector_GD = torch.empty(size, d_model, dtype=dtype)
+        self._columns = [np.empty(size, np_type) for np_type in (np.int32, np.int32, np.int32, np.int8, np.bool_)]
+
+    @property
+    def full(self) -> bool:
+        return self.n_rows == self._size
+
+    def add(self, block: TokenBlock, vector_ND: Any, first: int) -> int:
+        """Takes as many of the block's rows from `first` on as there is room for; returns their number."""
+        taken = slice(first, first + self._size - self.n_rows)
+        vector_TD = vector_ND[taken]
+        place = slice(self.n_rows, self.n_rows + len(vector_TD))
+        self._vector_GD[place] = vector_TD
+        values = (block.sequence_N, block.position_N, block.token_N.cpu().numpy(), block.role_N, block.template_N)
+        for column_G, value_N in zip(self._columns, values, strict=True):
+            column_G[place] = value_N[taken]
+        self.n_rows = place.stop
+        return len(vector_TD)
+
+    def vectors(self) -> Any:
+        """[n_rows, D] in the stored dtype; a view, good until the next row comes."""
+        return self._vector_GD[: self.n_rows]
+
+    def table(self, columns: pa.Schema) -> pa.Table:
+        """The rows as a table; its vectors are a view, good until the next row comes."""
+        raw = pa.py_buffer(self.vectors().view(torch.uint8).numpy())
+        vectors = pa.FixedSizeBinaryArray.from_buffers(columns.field("vector").type, self.n_rows, [None, raw])
+        arrays = [pa.array(column_G[: self.n_rows]) for column_G in self._columns]
+        return pa.Table.from_arrays([*arrays, vectors], schema=columns)
 
 
 class _Part:
     """One part while it is written: a hidden file, locked, so that what a killed process left can be told from it."""
 
-    def __init__(self, path: Path, columns: pa.Schema, d_model: int, dtype: Any) -> None:
-        self._path, self._dtype = path, dtype
+    def __init__(self, path: Path, columns: pa.Schema, d_model: int) -> None:
+        self._path, self._columns = path, columns
         self._aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         self._held = _locked(self._aside)
         self._moments = Moments(d_model)
@@ -136,11 +169,11 @@ class _Part:
     def n_rows(self) -> int:
         return self._moments.count
 
-    def write(self, group: pa.Table) -> None:
-        group = group.combine_chunks()
-        self._writer.write_table(group, row_group_size=len(group))
-        self._checksums.append(checksum(group))
-        self._moments.add(vectors_of(group, self._dtype).float().numpy())
+    def write(self, group: _Group) -> None:
+        table = group.table(self._columns)
+        self._writer.write_table(table, row_group_size=len(table))
+        self._checksums.append(checksum(table))
+        self._moments.add(group.vectors().float().numpy())
 
     def finish(self) -> None:
         self._writer.add_key_value_metadata({MOMENTS: packed(self._moments), CHECKSUMS: " ".join(self._checksums)})
@@ -152,15 +185,6 @@ class _Part:
         self._writer.close()
         self._aside.unlink(missing_ok=True)
         self._held.close()
-
-
-def vectors_of(table: pa.Table, dtype: Any) -> Any:
-    """The column `vector` of a table of one chunk, [N, D] in the stored dtype; the buffer itself, no copy."""
-    column = table["vector"].chunk(0)
-    width = column.type.byte_width
-    raw = memoryview(column.buffers()[1])
-    values = torch.frombuffer(raw, dtype=dtype, count=len(table) * (width // dtype.itemsize), offset=column.offset * width)
-    return values.view(len(table), -1)
 
 
 def remove_left_over(folder: Path) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffing_core.activation_parts import CHECKSUMS, MOMENTS, checksum, complete_parts, name_of, unpacked
-from diffing_core.activation_writer import ActivationWriter, SharedWriter, remove_left_over, vectors_of
+from diffing_core.activation_writer import ActivationWriter, SharedWriter, remove_left_over
 from diffing_core.errors import StorageError
 from diffing_core.lazy import torch
 from diffing_core.settings import short_hash
@@ -146,7 +146,7 @@ class ActivationSet:
             columns["token_id"].to_numpy(),
             columns["role"].to_numpy(),
             columns["is_template"].to_numpy(zero_copy_only=False),
-            vectors_of(table, getattr(torch, self.dtype)) if "vector" in columns else None,
+            _vectors_of(table, getattr(torch, self.dtype)) if "vector" in columns else None,
         )
 
 
@@ -196,3 +196,12 @@ class _Part:
         return StorageError(
             f"{self.path} is damaged in row group {group} ({why}); delete it and materialize `activations` again"
         )
+
+
+def _vectors_of(table: pa.Table, dtype: Any) -> Any:
+    """The column `vector` of a table of one chunk, [N, D] in the stored dtype; the buffer itself, no copy."""
+    column = table["vector"].chunk(0)
+    width = column.type.byte_width
+    raw = memoryview(column.buffers()[1])
+    values = torch.frombuffer(raw, dtype=dtype, count=len(table) * (width // dtype.itemsize), offset=column.offset * width)
+    return values.view(len(table), -1)

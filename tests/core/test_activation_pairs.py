@@ -143,7 +143,7 @@ def test_rows_are_counted_without_their_vectors(tmp_path: Path, monkeypatch: pyt
     given = material(tmp_path, 100, 40)
     selections = Selection(), Selection(first_position=3), Selection(2, ("user",), False), Selection(part="held_out")
     expected = [len(numbers(list(given.of(each).blocks()))) for each in selections]
-    monkeypatch.setattr(activations, "vectors_of", lambda *_: pytest.fail("a vector was read"))
+    monkeypatch.setattr(activations, "_vectors_of", lambda *_: pytest.fail("a vector was read"))
     assert [given.of(each).count() for each in selections] == expected
     assert expected[0] == 140 > expected[1] > expected[2] > 0 < expected[3]
 
