@@ -23,7 +23,7 @@ from diffing_core.lazy import torch
 from diffing_core.vocabulary import Vocabulary, vocabulary_of
 
 VALUES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}  # logits of one side: rows enough for an efficient head
-VALUES_PER_TILE = {"cpu": 2**17, "cuda": 2**26}  # a dozen arrays of this size stay in a core's cache
+VALUES_PER_TILE = {"cpu": 2**18, "cuda": 2**26}  # a dozen arrays of this size stay in the caches of a core
 RESIDUAL_ROWS = {"cpu": 512}  # residuals of one layer stay in a core's cache; elsewhere a whole batch at a time
 LEAST_BLOCK_ROWS = 64  # for large vocabularies: the head's weights are read once per block
 
