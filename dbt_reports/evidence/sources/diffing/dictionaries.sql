@@ -1,0 +1,1 @@
+select * from marts.dictionary_side_by_side
