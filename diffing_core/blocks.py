@@ -9,7 +9,7 @@ Suffixes: N tokens of the block, D width, V vocabulary, K top-k.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,6 +87,12 @@ def pick_layers(wanted: Sequence[int | float] | None, n_layers: int) -> tuple[in
     if beyond:
         raise UndeclaredNeedError(f"layer(s) {beyond} asked of a model with {n_layers} blocks (0 … {n_layers - 1})")
     return tuple(sorted(picked))
+
+
+def nearest_layers(depths: Sequence[float], read: Collection[int], n_layers: int) -> set[int]:
+    """For every relative depth the layer nearest to it of those that were read; none where none was."""
+    places = [int(depth * (n_layers - 1)) for depth in depths] if read else []
+    return {min(read, key=lambda layer: (abs(layer - place), layer)) for place in places}
 
 
 class Side:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from diffing_core.blocks import StreamContext, TokenBlock
+from diffing_core.blocks import StreamContext, TokenBlock, nearest_layers
 from diffing_core.corpus import ProbeCorpus
 from diffing_core.direction_lens import DirectionLens
 from diffing_core.findings import Finding
@@ -54,7 +54,7 @@ class ReadableTracesSettings(Settings):
     min_probability: float = Field(
         1e-8, ge=0, le=1, description="Mean probability in some model that lets a token be listed which the corpus lacks."
     )
-    shown_layers: tuple[float, ...] = Field((0.5, 0.75, 1.0), description="Depths whose tokens become findings.")
+    shown_layers: tuple[float, ...] = Field((0.5, 0.75, 1.0), description="Depths whose tokens become findings: the layer read that is nearest.")
     shown: int = Field(40, ge=1, description="Findings shown.")
 
 
@@ -236,7 +236,7 @@ def _ratio(part: float, whole: float) -> float:
 def findings(tables: Tables, settings: ReadableTracesSettings) -> list[Finding]:
     """Tokens that both halves of the texts name, the best of every trace in turn, deeper layers first."""
     rows = tables[TRACES.name].to_pylist()
-    layers = {int(depth * (rows[0]["n_layers"] - 1)) for depth in settings.shown_layers} if rows else set()
+    layers = nearest_layers(settings.shown_layers, {row["layer"] for row in rows}, rows[0]["n_layers"]) if rows else set()
     named = [
         (rank, row, token)
         for row in rows
