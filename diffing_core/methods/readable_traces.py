@@ -54,7 +54,7 @@ class ReadableTracesSettings(Settings):
     min_probability: float = Field(
         1e-8, ge=0, le=1, description="Mean probability in some model that lets a token be listed which the corpus lacks."
     )
-    shown_layers: tuple[float, ...] = Field((0.5, 0.75, 1.0), description="Depths whose tokens become findings: the layer read that is nearest.")
+    shown_layers: tuple[float, ...] = Field((0.5, 0.75, 1.0), description="Depths (the nearest read) whose tokens become findings.")
     shown: int = Field(40, ge=1, description="Findings shown.")
 
 
