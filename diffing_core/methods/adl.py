@@ -181,7 +181,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="adl",
-    version="3",
+    version="4",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=AdlSettings,

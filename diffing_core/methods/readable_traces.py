@@ -19,7 +19,6 @@ compares the agreement of tokens across corpora with that of null pairs of the s
 Reference: https://arxiv.org/abs/2510.13900 (traces in means of differences); sign flips: Fisher 1935.
 """
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -170,8 +169,7 @@ class ReadableTracesFold:
 def sampled_sequences(corpus: ProbeCorpus, limit: int) -> np.ndarray:
     """Indices of at most `limit` distinct texts in the order of a hash of their tokens, whatever their order in the corpus."""
     seen = [index for index, sequence in enumerate(corpus.sequences) if len(sequence) > corpus.first_seen_S[index]]
-    digests = [hashlib.blake2b(corpus.sequences[index].token_T.tobytes(), digest_size=8).digest() for index in seen]
-    _, first = np.unique(np.frombuffer(b"".join(digests), np.uint64), return_index=True)
+    _, first = np.unique(corpus.key_S[seen], return_index=True)
     return np.asarray(seen)[first[:limit]]
 
 
@@ -265,7 +263,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="readable_traces",
-    version="1",
+    version="2",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=ReadableTracesSettings,

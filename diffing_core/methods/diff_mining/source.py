@@ -38,7 +38,8 @@ class Reading:
 class Source:
     """Reads the counted rows of a block."""
 
-    def __init__(self, context: StreamContext, settings: DiffMiningSettings) -> None:
+    def __init__(self, context: StreamContext, settings: DiffMiningSettings, n_counted: int) -> None:
+        """`n_counted`: positions of the corpus that will be counted."""
         self._context = context
         self._difference = settings.difference
         self._own = settings.source == "logits"
@@ -46,12 +47,12 @@ class Source:
         self._share = 1.0
         self._prompt = None
         if settings.source == "patchscope_lens":
-            self._share = settings.patchscope_tokens / context.corpus.n_tokens
+            self._share = min(1.0, settings.patchscope_tokens / max(n_counted, 1))
             self._prompt = PatchedPrompt(context.tokenizer, settings.patchscope_prompt, *self.layers)
 
     def read(self, block: TokenBlock, counted_N: np.ndarray) -> Reading | None:
         """The predictions after the counted positions, if there are any; the patchscope reads a sample of these."""
-        counted_N = counted_N & sampled(block.sequence_N, block.position_N, self._share)
+        counted_N = counted_N & sampled(self._context.corpus.key_S[block.sequence_N], block.position_N, self._share)
         if not counted_N.any():
             return None
         if self._own and self._difference == "log_prob" and counted_N.all():

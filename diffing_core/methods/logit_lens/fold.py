@@ -29,7 +29,8 @@ class LogitLensFold:
 
     def update(self, block: TokenBlock) -> None:
         """Keeps the sampled tokens of a block, and reads them once there are enough for an efficient product."""
-        rows_N = np.flatnonzero(sampled(block.sequence_N, block.position_N, self._share))
+        key_N = self._context.corpus.key_S[block.sequence_N]
+        rows_N = np.flatnonzero(sampled(key_N, block.position_N, self._share))
         if not len(rows_N):
             return
         row_N = torch.from_numpy(rows_N).to(block.next_N.device)
