@@ -144,6 +144,11 @@ class Side:
         """p(next token), float32 [N, V]."""
         return exp(self.logprobs())
 
+    @cached_property
+    def summed_probability_V(self) -> Any:
+        """p(next token) summed over the tokens, float32 [V]."""
+        return self.probability_NV.sum(0)
+
 
 @dataclass(frozen=True)
 class TokenBlock:

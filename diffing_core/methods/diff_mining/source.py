@@ -26,12 +26,12 @@ from diffing_core.sampling import sampled
 
 @dataclass(frozen=True)
 class Reading:
-    """What both models predict at R positions: probabilities and d, float32 [R, V]."""
+    """What both models predict at R positions: d, float32 [R, V], and probabilities summed over the positions, [V]."""
 
     sequence_R: np.ndarray
     position_R: np.ndarray
-    base_probability_RV: Any
-    tuned_probability_RV: Any
+    base_probability_V: Any
+    tuned_probability_V: Any
     difference_RV: Any
 
 
@@ -57,7 +57,7 @@ class Source:
             return None
         if self._own and self._difference == "log_prob" and counted_N.all():
             return Reading(
-                block.sequence_N, block.position_N, block.base.probability_NV, block.tuned.probability_NV,
+                block.sequence_N, block.position_N, block.base.summed_probability_V, block.tuned.summed_probability_V,
                 block.logprob_difference_NV,
             )  # fmt: skip
         rows_R = np.flatnonzero(counted_N)
@@ -68,8 +68,8 @@ class Source:
         difference_RV = tuned_RV - base_RV
         if self._difference == "centred":
             difference_RV -= difference_RV.mean(1, keepdim=True)
-        base_RV, tuned_RV = (logprob_RV.exp() for logprob_RV in logprobs)
-        return Reading(block.sequence_N[rows_R], block.position_N[rows_R], base_RV, tuned_RV, difference_RV)
+        base_V, tuned_V = (logprob_RV.exp().sum(0) for logprob_RV in logprobs)
+        return Reading(block.sequence_N[rows_R], block.position_N[rows_R], base_V, tuned_V, difference_RV)
 
     def _scores(self, block: TokenBlock, name: str, rows_R: np.ndarray) -> Any:
         """Logits, or for the models' own predictions the log-probabilities that all methods share, float32 [R, V]."""

@@ -80,7 +80,8 @@ class LogitLensFold:
             self._add(self._readings[layer], tile["base"], tile["tuned"], tile.get("cross"), next_N[rows])
 
     def _add(self, reading: LayerReading, base: Side, tuned: Side, cross: Side | None, next_N: Any) -> None:
-        found = measure(base, tuned, next_N)
+        difference_NV = tuned.logprobs() - base.logprobs()
+        found = measure(base, tuned, difference_NV, next_N)
         has_next = next_N >= 0
         scalars = {
             "kl_nats": found.token["kl_nats"].sum(),
@@ -92,7 +93,7 @@ class LogitLensFold:
         vectors = {
             "base_probability": found.vocabulary["base"],
             "tuned_probability": found.vocabulary["tuned"],
-            "delta_logprob": (tuned.logprobs() - base.logprobs()).sum(0),
+            "delta_logprob": difference_NV.sum(0),
         }
         if cross is None:
             scalars["cross_kl_nats"], vectors["cross_probability"] = scalars["kl_nats"], vectors["tuned_probability"]
