@@ -63,8 +63,12 @@ def blocks(stored: Sequence[str], wanted: Iterable[str], most: int, workers: int
 
 
 def sync_partitions(instance: dg.DagsterInstance, pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
-    """Adds the keys of these pairs, base models together, and deletes all others; returns both lists."""
-    wanted = [pair.key for pair in sorted(pairs)]
+    """Adds the keys of these pairs and deletes all others; returns both lists.
+
+    Base models come together, and of each the default variants first: runs are given neighbours, and what people choose
+    by hand is mostly one or the other. Pairs registered later are stored after those before.
+    """
+    wanted = [pair.key for pair in sorted(pairs, key=lambda pair: (pair.model, pair.variant != "default", pair))]
     present = instance.get_dynamic_partitions(PAIRS.name)
     gone = [key for key in present if key not in wanted]
     for key in gone:

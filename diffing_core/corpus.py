@@ -91,6 +91,11 @@ class ProbeCorpus:
         return np.frombuffer(b"".join(digests), np.uint64)
 
     @cached_property
+    def largest_id(self) -> int:
+        """Largest token id that occurs; −1 where there is no token."""
+        return max((int(sequence.token_T.max(initial=-1)) for sequence in self.sequences), default=-1)
+
+    @cached_property
     def first_seen_S(self) -> np.ndarray:
         """The position from which methods see each sequence, int64 [S]; models read what is before it too."""
         starts = [max(sequence.start, self.skip_first_tokens) for sequence in self.sequences]

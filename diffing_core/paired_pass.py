@@ -243,6 +243,15 @@ def _begin(
         store=store,
     )
     running = _Running(pair, method, settings, None)
+    for side, subject in (("base", pair.base), ("tuned model", pair.tuned)):
+        if corpus.largest_id >= subject.vocab_size:
+            running.fail(
+                CorpusError(
+                    f"corpus {corpus.name!r} has token id {corpus.largest_id}, but the {side} of {pair.pair} has embeddings for "
+                    f"{subject.vocab_size} ids only; name in the registry a tokenizer that belongs to both"
+                )
+            )
+            return running
     running.start(context)
     return running
 

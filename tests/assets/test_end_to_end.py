@@ -104,6 +104,17 @@ def test_launch_form_reaches_the_method_and_changes_the_identity(instance: dg.Da
     assert len(rows) == 3 * len(set(rows["corpus"].to_pylist()))
 
 
+def test_default_variants_of_a_base_are_neighbours(instance: dg.DagsterInstance) -> None:
+    """What is chosen together runs together: Dagster gives a run a range of the stored keys."""
+    sync_partitions(instance, [])
+    pairs = [Pair(model, name, variant) for name in "ba" for model in ("m", "l") for variant in ("default", "strong")]
+    sync_partitions(instance, pairs)
+    assert instance.get_dynamic_partitions(PAIRS.name) == [
+        "a__l__default", "b__l__default", "a__l__strong", "b__l__strong",
+        "a__m__default", "b__m__default", "a__m__strong", "b__m__strong",
+    ]  # fmt: skip
+
+
 def test_an_unknown_partition_fails_with_the_names_that_exist(instance: dg.DagsterInstance) -> None:
     instance.add_dynamic_partitions(PAIRS.name, ["cake_bakee__tiny__default"])
     result = materialize(instance, STREAMS, "cake_bakee__tiny__default")

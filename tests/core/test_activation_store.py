@@ -2,6 +2,7 @@
 
 import os
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,21 @@ def test_rows_cut_out_of_a_larger_tensor_are_written_as_they_are(tmp_path: Path)
     whole_ND = torch.randn(20, 2 * WIDTH)
     [back] = written(tmp_path / "a", whole_ND[3:9:2, WIDTH:])
     assert torch.equal(back.vector_ND, whole_ND[3:9:2, WIDTH:])
+
+
+def test_toolkit_defect_a_shard_is_held_in_lists_until_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """82 GB there for one shard; here the room of one row group, whatever has been added."""
+    cut(monkeypatch, 10, 100)
+    writer = ActivationWriter(tmp_path, 1000, torch.float32, 95)
+    tracemalloc.start()
+    for start in range(0, 90, 5):
+        writer.add(block(5, start), torch.zeros(5, 1000))
+    held = sum(trace.size for trace in tracemalloc.take_snapshot().traces)
+    tracemalloc.stop()
+    assert writer._group._vector_GD.nbytes == 10 * 1000 * 4
+    assert held < 60_000, "more than another row group and a half"
+    writer.add(block(5, 90), torch.zeros(5, 1000))
+    writer.close()
 
 
 def test_vectors_of_another_format_than_declared_are_refused(tmp_path: Path) -> None:

@@ -387,6 +387,17 @@ def test_a_base_that_fails_ends_all_its_pairs_with_the_reason(base: Subject, tun
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_a_finetune_with_fewer_embeddings_than_the_corpus_has_ids_is_named(base: Subject, tuned: Subject) -> None:
+    largest = corpus().largest_id
+    assert largest == max(sequence.token_T.max() for sequence in corpus().sequences)
+    small = Subject.of(model_files.build(vocab_size=largest))
+    pairs = [pair_of(base, small, "small", largest), pair_of(base, tuned)]
+    refused, shown = run(pairs, [recording([], layers=(0,))])
+    assert shown.error is None
+    assert isinstance(refused.error, CorpusError)
+    assert f"has token id {largest}, but the tuned model of small__m__default" in str(refused.error)
+
+
 def test_no_tensor_over_tokens_and_vocabulary_outlives_its_block(base: Subject, tuned: Subject) -> None:
     """The toolkit held all logits of all samples: 159 GB per model with its defaults."""
     seen: list[weakref.ref] = []

@@ -17,6 +17,7 @@ from diffing_core.findings import findings_table
 from diffing_core.methods.base import Tables
 from diffing_core.methods.diff_mining import METHOD, extremes
 from diffing_core.methods.diff_mining import fold as fold_module
+from diffing_core.methods.diff_mining import topics as topics_module
 from diffing_core.methods.diff_mining.cleanup import is_punctuation
 from diffing_core.methods.diff_mining.evidence import log_odds, q_values, sign_flip_p_values
 from diffing_core.methods.diff_mining.extremes import largest
@@ -469,6 +470,12 @@ def test_fewer_topics_where_the_matrix_has_fewer_rows_or_columns():
     assert len(one) == 1
     assert one.prevalence_T.tolist() == [1]
     assert find_topics(np.array([[3]]), np.array([[-1.0]]), np.ones(6, bool), METHOD.settings()) is None
+
+
+def test_a_position_that_no_topic_explains_counts_in_what_prevalence_is_a_share_of():
+    activation_PT = np.array([[2.0, 0], [0, 3], [1, 0], [0, 0]])
+    topics = topics_module._describe(activation_PT, np.eye(2), np.arange(2), 2)
+    assert sorted(topics.prevalence_T) == [0.25, 0.5]
 
 
 def test_the_position_sample_is_uniform_seeded_and_blind_to_order():

@@ -1,6 +1,8 @@
 """diff_mining's sources and differences against plain recomputation, and the positions that are counted."""
 
 import itertools
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffing_core.blocks import StreamContext
+from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
 from diffing_core.errors import NotComputableError, UndeclaredNeedError
 from diffing_core.methods.base import Tables
@@ -349,3 +351,24 @@ def test_toolkit_defect_chat_slicing_loops_over_samples_and_positions():
                 np.testing.assert_allclose(left, right, atol=1e-6)
             else:
                 assert left == right
+    window = AnswerWindow(chats(), METHOD.settings(answer_positions=3))
+    index_N = np.arange(32)
+    shown = TokenBlock(index_N, index_N, index_N % 4, index_N // 4, index_N, index_N, None, None)
+    assert lines_run(lambda: window.counted(shown)) < 10, "so many lines whatever the number of positions"
+
+
+def lines_run(work: Callable[[], object]) -> int:
+    """Lines of Python that are run; what NumPy does for many rows at once is one."""
+    n_lines = 0
+
+    def trace(_frame: object, event: str, _given: object) -> Any:
+        nonlocal n_lines
+        n_lines += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return n_lines

@@ -1,5 +1,6 @@
 """Constancy of the activation difference: closed forms, plain loops, simulation, and plain forwards."""
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 
-from diffing_core.blocks import StreamContext
+from diffing_core.blocks import Side, StreamContext, TokenBlock
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
 from diffing_core.methods import get_method
 from diffing_core.methods.readable_traces import (
@@ -172,6 +173,21 @@ def test_memory_is_bounded_by_the_setting_and_not_by_the_corpus(pair: ModelPair)
     assert held[0].shape[1] == 100
     assert 100 < held[1].shape[1] < 900
     assert held[1].nbytes <= 2**20
+
+
+def test_memory_does_not_grow_with_what_is_read(pair: ModelPair) -> None:
+    def held(n_texts: int) -> int:
+        probe = corpus(*texts((4,) * n_texts))
+        context = StreamContext(pair.base, pair.tuned, pair.tokenizer, probe, n_layers=1, d_model=WIDTH, vocab_size=VOCAB)
+        fold = ReadableTracesFold(context, ReadableTracesSettings(max_sequences=5))
+        one_N, role_N, flag_N = torch.ones(4), np.zeros(4, np.int8), np.zeros(4, bool)
+        for number in range(n_texts):
+            sides = [Side({0: torch.randn(4, WIDTH)}, 0, lambda given: given, VOCAB) for _ in range(2)]
+            fold.update(TokenBlock(one_N, one_N, np.full(4, number), np.arange(4), role_N, flag_N, *sides))
+        own = {name: value for name, value in vars(fold).items() if name not in ("_context", "_lens", "_labels", "_slot_of")}
+        return len(pickle.dumps(own))  # what is left out holds the corpus, a number per text, and a bounded sample of states
+
+    assert held(400) < held(10) + 100
 
 
 # ---- whole --------------------------------------------------------------------------------------------------------
