@@ -475,7 +475,7 @@ def test_a_place_without_files_is_told(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "said"), [(SHOUTING, "changes the text of a user message"), (STRICT, "no system role here")]
+    ("template", "said"), [(SHOUTING, "changes what a message of role user says"), (STRICT, "no system role here")]
 )
 def test_a_template_that_cannot_be_followed_is_told(tmp_path: Path, tokenizer: Any, template: str, said: str) -> None:
     other = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
