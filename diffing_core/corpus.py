@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +208,10 @@ def corpus_of_texts(texts: Iterable[str], tokenizer: Any, *, name: str = "texts"
 
 def read_texts(spec: Corpus, place: Path | HubRef | None, limit: int) -> list[str]:
     """The first `limit` documents as plain text; chats are their contents, one line each."""
+    spec = spec.model_copy(update={"read_at_most": min(limit, spec.read_at_most or limit)})
     return [
         "\n".join(str(message["content"]) for message in each) if isinstance(each, list) else str(each or "")
-        for each in islice(documents(spec, place), limit)
+        for each in documents(spec, place)
     ]
 
 

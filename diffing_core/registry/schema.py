@@ -160,7 +160,7 @@ class Corpus(Entry):
     column: str
     """Column of the text or of the messages; if not given, `text` or `messages`."""
     read_at_most: int | None = Field(default=None, gt=0)
-    """Documents read, from the start of the source; later files of a repository are then not fetched."""
+    """Documents read, from the start of the source; of a repository's files no more is then fetched than that takes."""
     max_sequences: int = Field(default=1000, gt=0)
     """Documents drawn from those that are read, uniformly."""
     max_tokens: int = Field(default=512, gt=1)
