@@ -58,10 +58,11 @@ class _Handler(BaseHTTPRequestHandler):
         asked = urlsplit(self.path)
         parts = unquote(asked.path).strip("/").split("/")
         if parts[0] == "api":
-            what, revision, *below = parts[4:] if len(parts) > 5 else ("revision", "main")
+            end = next((place for place, part in enumerate(parts) if part in ("tree", "revision")), len(parts))
+            what, revision, *below = parts[end:] or ("revision", "main")
             kind = ["datasets"] if parts[1] == "datasets" else []
             deep = "recursive=true" in asked.query.lower()
-            self._describe("/".join(kind + parts[2:4]), what, revision, "/".join(below), deep)
+            self._describe("/".join(kind + parts[2:end]), what, revision, "/".join(below), deep)
         elif "resolve" in parts:
             end = parts.index("resolve")
             self._file("/".join(parts[:end]), parts[end + 1], "/".join(parts[end + 2 :]))

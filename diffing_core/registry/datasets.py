@@ -158,6 +158,8 @@ def _fetched(corpus: Corpus, place: HubRef) -> Iterator[Path | RemoteFile]:
         return Path(asked(pinned, hf_hub_download, inside + name, repo_type="dataset"))
 
     def part(name: str) -> Path | RemoteFile:
+        if "/" not in pinned.repo:
+            return file(name)  # the hub's file system knows no repository without an owner
         kept = try_to_load_from_cache(pinned.repo, inside + name, revision=pinned.revision, repo_type="dataset")
         return Path(kept) if isinstance(kept, str) else RemoteFile(pinned, inside + name)
 

@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.hf_file_system import HfFileSystemFile
 
+from diffing_core.corpus import read_texts
 from diffing_core.documents import documents
 from diffing_core.errors import CorpusError, ModelLoadError
 from diffing_core.registry import Corpus, HubRef
@@ -213,10 +214,19 @@ def test_of_a_bounded_reading_no_more_is_sent_than_it_takes(hub_root: Path, cach
     assert list(documents(bounded, place)) == texts[:1500]
     assert 0 < hub.sent[name] < file.stat().st_size / 2, "a quarter of its documents were read"
     assert not list(cache.rglob(f"a.{kind}"))
+    hub.sent.clear()
+    assert read_texts(spec(subset=kind), place, 10) == texts[:10]
+    assert 0 < hub.sent[name] < file.stat().st_size / 3
     assert list(documents(spec(subset=kind), place)) == texts
     hub.sent.clear()
     assert list(documents(bounded, place)) == texts[:1500]
     assert not hub.sent, "a file that is here already is read here"
+
+
+def test_a_repository_without_an_owner_is_fetched_as_whole_files(hub_root: Path, cache: Path) -> None:
+    write(hub_root / "datasets/old/main", train="one")
+    assert list(documents(spec(read_at_most=1), HubRef("old"))) == ["one"]
+    assert fetched(cache) == ["train.jsonl"]
 
 
 def large(file: Path, kind: str) -> list[str]:
