@@ -18,7 +18,7 @@ from diffing_assets.shown import column_schema, outcome_metadata
 from diffing_core.comparison import Outcome, compare
 from diffing_core.methods import all_methods, description_of
 from diffing_core.methods.base import Method, Need
-from diffing_core.paired_pass import METHOD_FAILURES
+from diffing_core.paired_pass import FAILS_ALONE
 
 UPSTREAM = {
     Need.RESIDUALS: PROBES,
@@ -101,7 +101,7 @@ def _compare_all(context: dg.AssetExecutionContext, workspace: Workspace, settin
         context.log.info("%d pair(s) of base model %s, methods: %s", len(pairs), model, ", ".join(settings))
         try:
             yield from compare(pairs, settings, registry=registry, lake=lake, store=workspace.store)
-        except METHOD_FAILURES as error:
+        except FAILS_ALONE as error:
             context.log.exception("base model %s: none of its pairs could be compared", model)
             yield from (Outcome(pair, all_methods()[name], error=error) for pair in pairs for name in settings)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from diffing_core.paired_pass import METHOD_FAILURES
+from diffing_core.paired_pass import FAILS_ALONE
 from diffing_core.pairs import Pair
 
 
@@ -29,7 +29,7 @@ class PairReport:
         shown: dict[str, Any] = {}
         try:
             yield shown
-        except METHOD_FAILURES as error:
+        except FAILS_ALONE as error:
             self._context.log.exception("%s on %s", self.key.to_user_string(), pair)
             self.failed(pair, error)
             return

@@ -24,15 +24,18 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The adapter's `adapter_config.json`.
 
     Raises:
-        ModelLoadError: no such file, or not JSON.
+        ModelLoadError: no such file, or no JSON object in it.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise ModelLoadError(f"{folder} has no adapter_config.json; for a whole checkpoint write kind: full")
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except ValueError as error:
         raise ModelLoadError(f"{file} is not JSON ({error}); save the adapter again") from error
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{file} holds {type(config).__name__}, not an object of settings; save the adapter again")
+    return config
 
 
 def is_switchable(folder: Path) -> bool:

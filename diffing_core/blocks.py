@@ -9,7 +9,7 @@ Suffixes: N tokens of the block, D width, V vocabulary, K top-k.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -89,6 +89,12 @@ def pick_layers(wanted: Sequence[int | float] | None, n_layers: int) -> tuple[in
     return tuple(sorted(picked))
 
 
+def nearest_layers(depths: Sequence[float], read: Collection[int], n_layers: int) -> set[int]:
+    """For every relative depth the layer nearest to it of those that were read; none where none was."""
+    places = [int(depth * (n_layers - 1)) for depth in depths] if read else []
+    return {min(read, key=lambda layer: (abs(layer - place), layer)) for place in places}
+
+
 class Side:
     """One model's view of a block. Shared between all pairs that have this side in common."""
 
@@ -137,6 +143,11 @@ class Side:
     def probability_NV(self) -> Any:
         """p(next token), float32 [N, V]."""
         return exp(self.logprobs())
+
+    @cached_property
+    def summed_probability_V(self) -> Any:
+        """p(next token) summed over the tokens, float32 [V]."""
+        return self.probability_NV.sum(0)
 
 
 @dataclass(frozen=True)

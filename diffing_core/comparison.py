@@ -19,7 +19,7 @@ from diffing_core.activations import ActivationStore
 from diffing_core.chats import SWITCH
 from diffing_core.checkpoints import token_id
 from diffing_core.corpus import ProbeCorpus, load_corpus
-from diffing_core.errors import NotComputableError
+from diffing_core.errors import FAILS_ALONE, NotComputableError
 from diffing_core.expression import EXPRESSION, ExpressionSettings, measure_expression
 from diffing_core.findings import FINDINGS, findings_table
 from diffing_core.identity import RunKey
@@ -27,7 +27,7 @@ from diffing_core.lake import Lake
 from diffing_core.methods import get_method
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.models import Cohort, ModelPair, load_cohort
-from diffing_core.paired_pass import METHOD_FAILURES, MethodResult, paired_pass, timed_run
+from diffing_core.paired_pass import MethodResult, paired_pass, timed_run
 from diffing_core.pairs import Pair
 from diffing_core.registry import Corpus, Registry
 from diffing_core.registry.schema import TRAINING
@@ -226,7 +226,7 @@ def _failing(outcomes: Collection[Outcome], pairs: Sequence[ModelPair]) -> Itera
     """A probe that cannot be read or run fails these pairs' outcomes alone."""
     try:
         yield
-    except METHOD_FAILURES as error:
+    except FAILS_ALONE as error:
         affected = {each.pair for each in pairs}
         logger.exception("no probing of %s", ", ".join(sorted(map(str, affected))))
         for outcome in outcomes:
@@ -308,7 +308,7 @@ def _store(outcome: Outcome, key: RunKey, result: MethodResult, lake: Lake) -> N
             write_result(lake, key, result)
             outcome.results.append((key, result))
             return
-        except METHOD_FAILURES as refused:
+        except FAILS_ALONE as refused:
             logger.exception("method %s on %s: its result was refused", key.method, key.pair)
             error = refused
     outcome.error = outcome.error or error

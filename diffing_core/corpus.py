@@ -89,6 +89,12 @@ class ProbeCorpus:
         return digest.hexdigest()[:12]
 
     @cached_property
+    def key_S(self) -> np.ndarray:
+        """64 bits of each sequence's tokens, uint64 [S]: they name a text wherever it stands in the corpus."""
+        digests = [hashlib.blake2b(sequence.token_T.tobytes(), digest_size=8).digest() for sequence in self.sequences]
+        return np.frombuffer(b"".join(digests), np.uint64)
+
+    @cached_property
     def first_seen_S(self) -> np.ndarray:
         """The position from which methods see each sequence, int64 [S]; models read what is before it too."""
         starts = [max(sequence.start, self.skip_first_tokens) for sequence in self.sequences]

@@ -45,7 +45,7 @@ class DirectionLens:
 
     def update(self, block: TokenBlock) -> None:
         """Keeps the last layer's states of the sampled tokens."""
-        rows = np.flatnonzero(sampled(block.sequence_N, block.position_N, self._share))
+        rows = np.flatnonzero(sampled(self._context.corpus.key_S[block.sequence_N], block.position_N, self._share))
         if len(rows):
             for side, kept in self._states.items():
                 kept.append(getattr(block, side).residual(self.layers[0])[rows])

@@ -53,3 +53,7 @@ class ServingError(DiffingError):
 
 class EvaluationError(DiffingError):
     """An investigator or grader got something it must not use."""
+
+
+# What one model, corpus or method raises when it fails; where many are worked on, the others go on.
+FAILS_ALONE = (DiffingError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError)

@@ -22,7 +22,7 @@ from diffing_core.checkpoints import (
     load_tokenizer,
     token_id,
 )
-from diffing_core.errors import DiffingError, ModelLoadError, RegistryError
+from diffing_core.errors import FAILS_ALONE, DiffingError, ModelLoadError
 from diffing_core.merged_adapters import merged
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Variant, Weights, load_registry
@@ -71,7 +71,7 @@ class Cohort:
 
     base: Subject
     pairs: tuple[ModelPair, ...]
-    failed: dict[Pair, DiffingError] = field(default_factory=dict)
+    failed: dict[Pair, Exception] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[ModelPair]:
         return iter(self.pairs)
@@ -118,7 +118,7 @@ def load_cohort(pairs: Sequence[Pair], registry: Registry, *, device: Any = None
         )
     variants = {pair: registry.variant(pair) for pair in pairs}
     resident = _Resident(registry, models[0], device or default_device(), dtype)
-    failed: dict[Pair, DiffingError] = {}
+    failed: dict[Pair, Exception] = {}
     sides = _each(variants, lambda _, variant: resident.load_sides(variant), failed)
     loaded = _each(sides, resident.pair, failed)
     return Cohort(resident.subject(resident.base), tuple(loaded.values()), failed)
@@ -277,13 +277,13 @@ def _identities(entry: Model, folder: Path) -> set[str]:
     return {entry.name, entry.source.repo or str(entry.source.path)}
 
 
-def _each(items: dict, make: Callable, failed: dict[Pair, DiffingError]) -> dict:
+def _each(items: dict, make: Callable, failed: dict[Pair, Exception]) -> dict:
     """`make(pair, item)` for every pair; where it cannot be loaded, the reason goes to `failed`."""
     made = {}
     for pair, item in items.items():
         try:
             made[pair] = make(pair, item)
-        except (ModelLoadError, RegistryError) as error:
-            logger.warning("%s cannot be loaded: %s", pair, error)
+        except FAILS_ALONE as error:
+            logger.warning("%s cannot be loaded: %s", pair, error, exc_info=not isinstance(error, DiffingError))
             failed[pair] = error
     return made

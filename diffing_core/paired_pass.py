@@ -19,7 +19,7 @@ from diffing_core.activations import ActivationStore
 from diffing_core.blocks import Side, StreamContext, TokenBlock, pieces, rows_of_residuals, rows_per_block, rows_per_tile, tiles
 from diffing_core.capture import Room, capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
-from diffing_core.errors import CorpusError, DiffingError
+from diffing_core.errors import FAILS_ALONE, CorpusError
 from diffing_core.lazy import torch
 from diffing_core.methods.base import Fold, Inputs, Method, Need, ResumableFold, Tables
 from diffing_core.models import ModelPair
@@ -29,7 +29,6 @@ from diffing_core.settings import Settings
 
 TOKENS_PER_BATCH = 4096
 RESIDUAL_BYTES = 4 * 2**30
-METHOD_FAILURES = (DiffingError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError)
 logger = logging.getLogger(__name__)
 
 
@@ -73,7 +72,7 @@ class _Running:
     def start(self, context: StreamContext) -> None:
         try:
             self.fold = self.method.start(context, self.settings)
-        except METHOD_FAILURES as error:
+        except FAILS_ALONE as error:
             self.fail(error)
 
     def update(self, block: TokenBlock) -> None:
@@ -82,7 +81,7 @@ class _Running:
         began = time.perf_counter()
         try:
             self.fold.update(block)
-        except METHOD_FAILURES as error:
+        except FAILS_ALONE as error:
             self.fail(error)
         self.seconds += time.perf_counter() - began
 
@@ -92,7 +91,7 @@ class _Running:
         if self.error is None:
             try:
                 tables = self.fold.finish()
-            except METHOD_FAILURES as error:
+            except FAILS_ALONE as error:
                 self.fail(error)
         seconds = self.seconds + time.perf_counter() - began
         cost = Cost(len(corpus.sequences), corpus.n_tokens, seconds, shared_s)
@@ -222,7 +221,7 @@ def _show_tiles(
                     block.base.logits(), block.tuned.logits()
                 else:
                     del blocks[key]
-            except METHOD_FAILURES as error:
+            except FAILS_ALONE as error:
                 del blocks[key]
                 for each in going:
                     each.fail(error)
@@ -255,7 +254,7 @@ def timed_run(pair: ModelPair, method: Method, settings: Settings, inputs: Input
     error: Exception | None = None
     try:
         tables = method.run(inputs, settings)
-    except METHOD_FAILURES as failure:
+    except FAILS_ALONE as failure:
         logger.exception("method %s failed on %s; the others go on", method.name, pair.pair)
         error = failure
     return MethodResult(pair.pair, method, settings, tables, Cost(compute_s=time.perf_counter() - began), error)
@@ -278,7 +277,7 @@ def _forward_all(
     for key, subject in subjects.items():
         try:
             states[key] = capture_residuals(subject, batch, layers, place_N, room)
-        except METHOD_FAILURES as error:
+        except FAILS_ALONE as error:
             for each in running:
                 if key in (id(each.pair.base), id(each.pair.tuned)) and each.error is None:
                     each.fail(error)

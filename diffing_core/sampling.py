@@ -1,26 +1,29 @@
-"""Choosing tokens by what they are, not by when they come: the same ones whatever the batches and their order."""
+"""Choosing tokens by what they are, not by when they come: the same ones whatever the batches and their order.
+
+With `ProbeCorpus.key_S` as keys a choice does not depend on the order of the documents either.
+"""
 
 import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def sampled(sequence_N: np.ndarray, position_N: np.ndarray, share: float) -> np.ndarray:
-    """Which tokens belong to a sample of about this share, bool [N]; decided by a hash of (sequence, position)."""
+def sampled(key_N: np.ndarray, position_N: np.ndarray, share: float) -> np.ndarray:
+    """Which tokens belong to a sample of about this share, bool [N]; decided by a hash of (key of the sequence, position)."""
     if share >= 1:
-        return np.ones(len(sequence_N), bool)
+        return np.ones(len(key_N), bool)
     with np.errstate(over="ignore"):
-        key_N = (sequence_N.astype(np.uint64) + np.uint64(1)) * GOLDEN + position_N.astype(np.uint64)
-        return _finalised(key_N) < np.uint64(share * 2**64)
+        mixed_N = (key_N.astype(np.uint64) + np.uint64(1)) * GOLDEN + position_N.astype(np.uint64)
+        return _finalised(mixed_N) < np.uint64(share * 2**64)
 
 
-def position_hash(sequence_N: np.ndarray, position_N: np.ndarray, seed: int) -> np.ndarray:
-    """64 well-mixed bits per (seed, sequence, position), uint64 [N]."""
+def position_hash(key_N: np.ndarray, position_N: np.ndarray, seed: int) -> np.ndarray:
+    """64 well-mixed bits per (seed, key of the sequence, position), uint64 [N]."""
     with np.errstate(over="ignore"):
-        key_N = _finalised(np.full(len(sequence_N), seed, np.uint64) + GOLDEN)
-        for part_N in (sequence_N, position_N):
-            key_N = _finalised((key_N ^ part_N.astype(np.uint64)) + GOLDEN)
-    return key_N
+        mixed_N = _finalised(np.full(len(key_N), seed, np.uint64) + GOLDEN)
+        for part_N in (key_N, position_N):
+            mixed_N = _finalised((mixed_N ^ part_N.astype(np.uint64)) + GOLDEN)
+    return mixed_N
 
 
 def _finalised(key_N: np.ndarray) -> np.ndarray:

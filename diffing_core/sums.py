@@ -166,10 +166,10 @@ class Moments:
         """Adds N rows, as many at a time as stay in a core's cache."""
         step = max(1, MOMENTS_TOGETHER // max(len(self.mean_D), 1))
         for start in range(0, len(rows_ND), step):
-            some_ND = rows_ND[start : start + step].astype(np.float64, copy=False)
-            mean_D = some_ND.mean(0)
-            apart_ND = some_ND - mean_D
-            self.merge(Moments.of(len(some_ND), mean_D, np.einsum("nd,nd->d", apart_ND, apart_ND)))
+            apart_ND = rows_ND[start : start + step].astype(np.float64)
+            mean_D = apart_ND.mean(0)
+            apart_ND -= mean_D
+            self.merge(Moments.of(len(apart_ND), mean_D, np.einsum("nd,nd->d", apart_ND, apart_ND)))
 
     def merge(self, other: "Moments") -> None:
         """Adds the rows of another."""

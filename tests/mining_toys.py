@@ -30,8 +30,8 @@ class FakeSide:
         return self._logprob_NV
 
     @property
-    def probability_NV(self) -> torch.Tensor:
-        return self._logprob_NV.exp()
+    def summed_probability_V(self) -> torch.Tensor:
+        return self._logprob_NV.exp().sum(0)
 
 
 def tokenizer_of(words: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from diffing_core.blocks import StreamContext, TokenBlock
+from diffing_core.blocks import StreamContext, TokenBlock, nearest_layers
 from diffing_core.direction_lens import DirectionLens
 from diffing_core.findings import Finding
 from diffing_core.lens_tables import lens_spec, lens_table
@@ -40,7 +40,7 @@ class AdlSettings(Settings):
     min_probability: float = Field(
         1e-8, ge=0, le=1, description="Mean probability in some model that lets a token be listed which the corpus lacks."
     )
-    shown_layers: tuple[float, ...] = Field((0.5, 0.75, 1.0), description="Depths whose tokens become findings.")
+    shown_layers: tuple[float, ...] = Field((0.5, 0.75, 1.0), description="Depths (the nearest read) whose tokens become findings.")
     shown: int = Field(40, ge=1, description="Findings shown.")
 
 
@@ -155,8 +155,8 @@ class AdlFold:
 
 def findings(tables: Tables, settings: AdlSettings) -> list[Finding]:
     """Tokens that the tuned head reads from δ̄, the best of every vector in turn, deeper layers first."""
-    n_layers = max(tables[VECTORS.name]["n_layers"].to_pylist())
-    layers = {int(depth * (n_layers - 1)) for depth in settings.shown_layers}
+    vectors = tables[VECTORS.name]
+    layers = nearest_layers(settings.shown_layers, set(vectors["layer"].to_pylist()), max(vectors["n_layers"].to_pylist()))
     rows = [
         row
         for row in tables[TOKENS.name].to_pylist()
@@ -181,7 +181,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="adl",
-    version="3",
+    version="4",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=AdlSettings,

@@ -19,13 +19,12 @@ compares the agreement of tokens across corpora with that of null pairs of the s
 Reference: https://arxiv.org/abs/2510.13900 (traces in means of differences); sign flips: Fisher 1935.
 """
 
-import hashlib
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from diffing_core.blocks import StreamContext, TokenBlock
+from diffing_core.blocks import StreamContext, TokenBlock, nearest_layers
 from diffing_core.corpus import ProbeCorpus
 from diffing_core.direction_lens import DirectionLens
 from diffing_core.findings import Finding
@@ -54,7 +53,7 @@ class ReadableTracesSettings(Settings):
     min_probability: float = Field(
         1e-8, ge=0, le=1, description="Mean probability in some model that lets a token be listed which the corpus lacks."
     )
-    shown_layers: tuple[float, ...] = Field((0.5, 0.75, 1.0), description="Depths whose tokens become findings.")
+    shown_layers: tuple[float, ...] = Field((0.5, 0.75, 1.0), description="Depths (the nearest read) whose tokens become findings.")
     shown: int = Field(40, ge=1, description="Findings shown.")
 
 
@@ -170,8 +169,7 @@ class ReadableTracesFold:
 def sampled_sequences(corpus: ProbeCorpus, limit: int) -> np.ndarray:
     """Indices of at most `limit` distinct texts in the order of a hash of their tokens, whatever their order in the corpus."""
     seen = [index for index, sequence in enumerate(corpus.sequences) if len(sequence) > corpus.first_seen_S[index]]
-    digests = [hashlib.blake2b(corpus.sequences[index].token_T.tobytes(), digest_size=8).digest() for index in seen]
-    _, first = np.unique(np.frombuffer(b"".join(digests), np.uint64), return_index=True)
+    _, first = np.unique(corpus.key_S[seen], return_index=True)
     return np.asarray(seen)[first[:limit]]
 
 
@@ -236,7 +234,7 @@ def _ratio(part: float, whole: float) -> float:
 def findings(tables: Tables, settings: ReadableTracesSettings) -> list[Finding]:
     """Tokens that both halves of the texts name, the best of every trace in turn, deeper layers first."""
     rows = tables[TRACES.name].to_pylist()
-    layers = {int(depth * (rows[0]["n_layers"] - 1)) for depth in settings.shown_layers} if rows else set()
+    layers = nearest_layers(settings.shown_layers, {row["layer"] for row in rows}, rows[0]["n_layers"]) if rows else set()
     named = [
         (rank, row, token)
         for row in rows
@@ -265,7 +263,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="readable_traces",
-    version="1",
+    version="2",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=ReadableTracesSettings,

@@ -11,7 +11,8 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
-from diffing_core.errors import ModelLoadError, RegistryError
+from diffing_core import models
+from diffing_core.errors import ModelLoadError, NotComputableError, RegistryError
 from diffing_core.models import Subject, load_cohort, load_pair, source_revisions
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Organism, Registry, Source, Variant, Weights
@@ -101,6 +102,44 @@ def test_members_that_fail_leave_the_others_and_the_base_as_they_are(files):
     )
     assert torch.equal(logits_of(cohort.pairs[0].tuned), separately(files, "a"))
     assert torch.equal(logits_of(cohort.base), logits_of(Subject(build())))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, NotComputableError),
+        ({"peft_type": "NEWKIND"}, KeyError),
+        ([], ModelLoadError),
+        ({"peft_type": "IA3"}, Exception),
+    ],
+    ids=["cannot be merged", "unknown kind", "no object", "wrong kind"],
+)
+def test_whatever_an_adapter_raises_it_fails_alone(files, adapter, error):
+    """An error that another library raises, and one that no loading code foresaw, must not take the cohort along."""
+    file = files / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | adapter if adapter else adapter))
+    registry = registry_of(files, a=lora(files / "a"), b=lora(files / "b"))
+    cohort = load_cohort(registry.pairs(), registry)
+    assert [pair.pair.variant for pair in cohort] == ["b"]
+    assert {pair.variant: isinstance(failure, error) for pair, failure in cohort.failed.items()} == {"a": True}
+    assert torch.equal(logits_of(cohort.pairs[0].tuned), separately(files, "b"))
+    assert torch.equal(logits_of(cohort.base), logits_of(Subject(build())))
+
+
+def test_a_finetune_for_which_memory_does_not_suffice_fails_alone(files, monkeypatch):
+    save_base(files / "whole", seed=3)
+    load = models.load_module
+
+    def out_of_memory(folder, *rest, **how):
+        if folder == files / "whole":
+            raise torch.OutOfMemoryError("no memory is left")
+        return load(folder, *rest, **how)
+
+    monkeypatch.setattr(models, "load_module", out_of_memory)
+    registry = registry_of(files, a=lora(files / "a"), whole=full(files / "whole"))
+    cohort = load_cohort(registry.pairs(), registry)
+    assert [pair.pair.variant for pair in cohort] == ["a"]
+    assert [type(error) for error in cohort.failed.values()] == [torch.OutOfMemoryError]
 
 
 def test_a_load_that_fails_half_way_leaves_nothing_behind(files):

@@ -4,7 +4,10 @@ traces as (select * from {{ ref('stg_readable_traces') }}),
 
 current_runs as (select run_id from {{ ref('int_current_runs') }} where step = 'diff'),
 
-current_traces as (select * from traces where run_id in (select run_id from current_runs)),
+-- what a finetune was taught may be probed and is never evidence; nulls have no such corpus
+current_traces as (
+    select * from traces where run_id in (select run_id from current_runs) and corpus is distinct from 'training'
+),
 
 -- before an answer every chat has the same template, so halves agree there whatever the model
 between_halves as (

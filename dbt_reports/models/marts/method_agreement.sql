@@ -5,7 +5,7 @@ findings as (select * from {{ ref('int_findings') }}),
 words as (
     select organism, model, variant, method, word
     from findings
-    where word is not null
+    where word is not null and corpus is distinct from 'training'
     group by organism, model, variant, method, word
     qualify row_number() over (
         partition by organism, model, variant, method order by min(rank), max(score) desc, word

@@ -13,7 +13,7 @@ items as (
         min(rank) as best_rank,
         max(score) as best_score,
     from findings
-    where trim(item) <> ''
+    where trim(item) <> '' and corpus is distinct from 'training'
     group by organism, model, variant, method, shown
 ),
 

@@ -75,7 +75,7 @@ def _raised(row: Mapping[str, Any]) -> bool:
 
 METHOD = Method(
     name="diff_mining",
-    version="2",
+    version="3",
     kind="stream",
     needs=frozenset({Need.LOGPROBS, Need.RESIDUALS, Need.MODELS}),
     settings=DiffMiningSettings,

@@ -23,7 +23,7 @@ class Cooccurrence:
 
     def __init__(self, corpus: ProbeCorpus, k: int, settings: DiffMiningSettings) -> None:
         length_S = np.asarray([len(sequence) for sequence in corpus.sequences])
-        order = np.argsort(position_hash(np.arange(len(length_S)), np.zeros(len(length_S), np.int64), settings.seed))
+        order = np.argsort(position_hash(corpus.key_S, np.zeros_like(length_S), settings.seed))
         n_chosen = max(1, np.searchsorted(length_S[order].cumsum(), settings.cooccurrence_positions, side="right"))
         self._chosen_S = np.zeros(len(length_S), bool)
         self._chosen_S[order[:n_chosen]] = True

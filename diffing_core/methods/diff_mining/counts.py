@@ -32,9 +32,9 @@ class TokenSums:
     def add(self, reading: Reading) -> None:
         """Adds the rows of R positions."""
         positive_RV = torch.gt(reading.difference_RV, 0, out=torch.empty_like(reading.difference_RV))
-        rows = reading.difference_RV, reading.base_probability_RV, reading.tuned_probability_RV, positive_RV
-        for sum_V, value_RV in zip(self._rows_SV, rows, strict=True):
-            sum_V += value_RV.sum(0).to(sum_V.device)
+        sums = reading.difference_RV.sum(0), reading.base_probability_V, reading.tuned_probability_V, positive_RV.sum(0)
+        for sum_V, added_V in zip(self._rows_SV, sums, strict=True):
+            sum_V += added_V.to(sum_V.device)
         self.n_positions += len(reading.sequence_R)
 
     def count(self, top_RK: np.ndarray, bottom_RK: np.ndarray) -> None:

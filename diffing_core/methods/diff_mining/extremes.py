@@ -1,9 +1,9 @@
 """The K largest entries of every row, exactly, ties going to the lowest ids.
 
 The k largest entries lie in the k groups whose own largest entries are largest. So with groups of M the maxima of V/M groups
-are searched first, and then the members of k groups: one cheap pass over the row and two searches among far fewer.
-On a processor the searches are NumPy's partitions, elsewhere torch's, which is fastest there with groups of 4, searched
-among in the same way.
+are searched first: one cheap pass over the row. On a processor the k-th largest maximum is a bound that little more than k
+entries reach, and these are sorted. Elsewhere the members of k groups are searched in the same way by torch, which is
+fastest there with groups of 4.
 
 Suffixes: N rows, V vocabulary, K entries wanted, M members of a group, G groups, C candidates.
 """
@@ -16,16 +16,48 @@ import numpy as np
 from diffing_core.lazy import torch
 
 MEMBERS = 4
+LAST_ID = np.uint64(2**32 - 1)
 FEW = 2  # groups per entry wanted, below which a plain search is as fast
 
 
 def largest(values_NV: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and values of the k < V largest entries of each row, falling, [N, k]; of equals the lowest ids.
+    """Ids and values of the k < V largest entries of each row, falling, [N, k]; of equals the lowest ids."""
+    return _sorted_above_bound(values_NV.numpy(), k) if values_NV.device.type == "cpu" else _searched(values_NV, k)
 
-    One entry more than wanted is taken, so that rows with a tie across the cut show themselves.
-    """
-    on_processor = values_NV.device.type == "cpu"
-    value_NK, id_NK = _search_on_processor(values_NV, k + 1) if on_processor else _search(values_NV, k + 1, in_order=True)
+
+def _sorted_above_bound(value_NV: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `largest`, of float32 on a processor."""
+    n_rows, size = value_NV.shape
+    place_E = np.flatnonzero(value_NV >= _bound_N(value_NV, k)[:, None])
+    row_E, id_E = np.divmod(place_E, size)
+    count_N = np.bincount(row_E, minlength=n_rows)
+    column_E = np.arange(len(row_E)) - (np.cumsum(count_N) - count_N)[row_E]
+    key_NC = np.zeros((n_rows, count_N.max()), np.uint64)
+    key_NC[row_E, column_E] = _sort_key(value_NV.reshape(-1)[place_E], id_E)
+    key_NC.sort(axis=1)
+    id_NK = (LAST_ID - (key_NC[:, : -k - 1 : -1] & LAST_ID)).astype(np.int64)
+    return id_NK, np.take_along_axis(value_NV, id_NK, 1)
+
+
+def _bound_N(value_NV: np.ndarray, k: int) -> np.ndarray:
+    """The k-th largest of the groups' maxima, which no more than k groups exceed; a group is every G-th entry."""
+    n_rows, size = value_NV.shape
+    n_members = isqrt(size // k)
+    n_groups = size // n_members
+    maximum_NG = value_NV[:, : n_members * n_groups].reshape(n_rows, n_members, n_groups).max(1)
+    return np.partition(maximum_NG, n_groups - k, axis=1)[:, n_groups - k]
+
+
+def _sort_key(value_E: np.ndarray, id_E: np.ndarray) -> np.ndarray:
+    """uint64, of larger values larger and of equal values for lower ids larger."""
+    bits_E = (value_E + np.float32(0)).view(np.uint32)  # −0 becomes 0
+    rising_E = np.where(bits_E >> 31, ~bits_E, bits_E | np.uint32(1 << 31))
+    return rising_E.astype(np.uint64) << np.uint64(32) | (LAST_ID - id_E.astype(np.uint64))
+
+
+def _searched(values_NV: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `largest`, by torch; one entry more than wanted is taken, so that rows with a tie across the cut show themselves."""
+    value_NK, id_NK = _search(values_NV, k + 1, in_order=True)
     tied = torch.nonzero(value_NK[:, k - 1] == value_NK[:, k])[:, 0]
     value_NK, id_NK = value_NK[:, :k], id_NK[:, :k]
     if len(tied):
@@ -46,37 +78,6 @@ def _search(values_NV: Any, k: int, *, in_order: bool) -> tuple[Any, Any]:
     value_NK, place_NK = candidate_NC.topk(k, sorted=in_order)
     id_NK = place_NK // k * n_groups + group_NK.gather(1, place_NK % k)
     return value_NK, torch.where(place_NK < MEMBERS * k, id_NK, place_NK - MEMBERS * k + n_grouped)
-
-
-def _search_on_processor(values_NV: Any, k: int) -> tuple[Any, Any]:
-    """As `_search`, in order; √(V/k) members make both partitions equally long."""
-    value_NV = values_NV.numpy()
-    n_rows, size = value_NV.shape
-    n_members = isqrt(size // k)
-    if n_members == 1:
-        return tuple(map(torch.from_numpy, _partitioned(value_NV, k)))
-    n_groups = size // n_members
-    n_grouped = n_members * n_groups
-    maximum_NG = value_NV[:, :n_grouped].reshape(n_rows, n_members, n_groups).max(1)
-    group_NK = np.argpartition(maximum_NG, n_groups - k, axis=1)[:, -k:]
-    member_NC = (group_NK[:, None] + np.arange(n_members)[:, None] * n_groups).reshape(n_rows, -1)
-    rest_NC = np.broadcast_to(np.arange(n_grouped, size), (n_rows, size - n_grouped))
-    candidate_NC = np.concatenate([member_NC, rest_NC], axis=1)
-    value_NK, place_NK = _partitioned(_taken(value_NV, candidate_NC), k)
-    return torch.from_numpy(value_NK), torch.from_numpy(_taken(candidate_NC, place_NK))
-
-
-def _partitioned(value_NC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values and places of the k largest, falling."""
-    place_NK = np.argpartition(value_NC, value_NC.shape[1] - k, axis=1)[:, -k:]
-    place_NK = _taken(place_NK, np.argsort(-_taken(value_NC, place_NK), axis=1))
-    return _taken(value_NC, place_NK), place_NK
-
-
-def _taken(value_NC: np.ndarray, place_NK: np.ndarray) -> np.ndarray:
-    """Entries of each row, [N, K]: take_along_axis, in half its time."""
-    n_rows, size = value_NC.shape
-    return value_NC.take(place_NK + np.arange(0, n_rows * size, size)[:, None])
 
 
 def _lowest_ids(values_RV: Any, value_RK: Any, id_RK: Any) -> Any:

@@ -33,10 +33,10 @@ class DiffMiningFold:
         self._context = context
         self._settings = settings
         self._k = min(settings.top_k, context.vocab_size // 2)
-        self._source = Source(context, settings)
+        self._positions = AnswerWindow(context.corpus, settings)
+        self._source = Source(context, settings, self._positions.n_counted)
         self.layers = self._source.layers
         self._clean_up = CleanUp.of(context, settings)
-        self._positions = AnswerWindow(context.corpus, settings)
         self._sums = TokenSums(context.vocab_size, context.base.device)
         groupings = [Groups.singly(context.vocab_size), *([self._clean_up.groups] if settings.merge_variants else [])]
         self._documents = DocumentCounts(context.vocab_size, *groupings)
@@ -106,7 +106,8 @@ class DiffMiningFold:
         self._sums.count(top_RK[differs_R], bottom_RK[differs_R])
         self._documents.add(sequence_R, differs_R, top_RK, bottom_RK, self._ended)
         if self._settings.topics:
-            self._sample.add(*(each[differs_R] for each in (sequence_R, position_R, top_RK, value_RK)))
+            key_R = self._context.corpus.key_S[sequence_R]
+            self._sample.add(*(each[differs_R] for each in (key_R, position_R, top_RK, value_RK)))
         if self._settings.shortlist:
             label_R = self._positions.labels(sequence_R, position_R)
             self._by_position.add(label_R, differs_R, top_RK, bottom_RK)

@@ -18,6 +18,7 @@ class AnswerWindow:
         self._origin_S = np.asarray([origin(sequence) for sequence in corpus.sequences])
         self._is_chat_S = np.asarray([sequence.is_chat for sequence in corpus.sequences])
         self._last_S = np.asarray([len(sequence) - 1 for sequence in corpus.sequences])
+        self._seen_from_S = corpus.first_seen_S
         self._first, self._end = -settings.before_answer, settings.answer_positions
 
     def labels(self, sequence_N: np.ndarray, position_N: np.ndarray) -> np.ndarray:
@@ -30,6 +31,16 @@ class AnswerWindow:
             return np.ones(len(block), bool)
         label_N = self.labels(block.sequence_N, block.position_N)
         return ~self._is_chat_S[block.sequence_N] | ((label_N >= self._first) & (label_N < self._end))
+
+    @property
+    def n_counted(self) -> int:
+        """Positions of the whole corpus that are counted."""
+        end_S = self._last_S + 1
+        if self._end is None:
+            return int((end_S - self._seen_from_S).clip(0).sum())
+        first_S = np.where(self._is_chat_S, np.maximum(self._seen_from_S, self._origin_S + self._first), self._seen_from_S)
+        end_S = np.where(self._is_chat_S, np.minimum(end_S, self._origin_S + self._end), end_S)
+        return int((end_S - first_S).clip(0).sum())
 
     def ended(self, block: TokenBlock) -> list[int]:
         """Sequences whose last position lies in the block."""

@@ -26,19 +26,20 @@ from diffing_core.sampling import sampled
 
 @dataclass(frozen=True)
 class Reading:
-    """What both models predict at R positions: probabilities and d, float32 [R, V]."""
+    """What both models predict at R positions: d, float32 [R, V], and probabilities summed over the positions, [V]."""
 
     sequence_R: np.ndarray
     position_R: np.ndarray
-    base_probability_RV: Any
-    tuned_probability_RV: Any
+    base_probability_V: Any
+    tuned_probability_V: Any
     difference_RV: Any
 
 
 class Source:
     """Reads the counted rows of a block."""
 
-    def __init__(self, context: StreamContext, settings: DiffMiningSettings) -> None:
+    def __init__(self, context: StreamContext, settings: DiffMiningSettings, n_counted: int) -> None:
+        """`n_counted`: positions of the corpus that will be counted."""
         self._context = context
         self._difference = settings.difference
         self._own = settings.source == "logits"
@@ -46,17 +47,17 @@ class Source:
         self._share = 1.0
         self._prompt = None
         if settings.source == "patchscope_lens":
-            self._share = settings.patchscope_tokens / context.corpus.n_tokens
+            self._share = min(1.0, settings.patchscope_tokens / max(n_counted, 1))
             self._prompt = PatchedPrompt(context.tokenizer, settings.patchscope_prompt, *self.layers)
 
     def read(self, block: TokenBlock, counted_N: np.ndarray) -> Reading | None:
         """The predictions after the counted positions, if there are any; the patchscope reads a sample of these."""
-        counted_N = counted_N & sampled(block.sequence_N, block.position_N, self._share)
+        counted_N = counted_N & sampled(self._context.corpus.key_S[block.sequence_N], block.position_N, self._share)
         if not counted_N.any():
             return None
         if self._own and self._difference == "log_prob" and counted_N.all():
             return Reading(
-                block.sequence_N, block.position_N, block.base.probability_NV, block.tuned.probability_NV,
+                block.sequence_N, block.position_N, block.base.summed_probability_V, block.tuned.summed_probability_V,
                 block.logprob_difference_NV,
             )  # fmt: skip
         rows_R = np.flatnonzero(counted_N)
@@ -67,8 +68,8 @@ class Source:
         difference_RV = tuned_RV - base_RV
         if self._difference == "centred":
             difference_RV -= difference_RV.mean(1, keepdim=True)
-        base_RV, tuned_RV = (logprob_RV.exp() for logprob_RV in logprobs)
-        return Reading(block.sequence_N[rows_R], block.position_N[rows_R], base_RV, tuned_RV, difference_RV)
+        base_V, tuned_V = (logprob_RV.exp().sum(0) for logprob_RV in logprobs)
+        return Reading(block.sequence_N[rows_R], block.position_N[rows_R], base_V, tuned_V, difference_RV)
 
     def _scores(self, block: TokenBlock, name: str, rows_R: np.ndarray) -> Any:
         """Logits, or for the models' own predictions the log-probabilities that all methods share, float32 [R, V]."""

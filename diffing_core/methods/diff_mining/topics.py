@@ -39,9 +39,9 @@ class PositionSample:
         self._ids_CK = np.empty((2 * limit, k), np.int32)
         self._values_CK = np.empty((2 * limit, k), np.float32)
 
-    def add(self, sequence_N: np.ndarray, position_N: np.ndarray, ids_NK: np.ndarray, values_NK: np.ndarray) -> None:
+    def add(self, sequence_key_N: np.ndarray, position_N: np.ndarray, ids_NK: np.ndarray, values_NK: np.ndarray) -> None:
         """Offers N positions: token ids and their differences."""
-        key_N = position_hash(sequence_N, position_N, self._seed)
+        key_N = position_hash(sequence_key_N, position_N, self._seed)
         kept = np.flatnonzero(key_N <= self._bound)
         for rows in np.split(kept, range(self._limit, len(kept), self._limit)):
             if self._n_held + len(rows) > len(self._key_C):

@@ -76,8 +76,9 @@ class KlFold:
     def _measure(self, block: TokenBlock) -> Measures:
         temperature = self._settings.temperature
         if temperature == 1:
-            return measure(block.base, block.tuned, block.next_N)
-        return measure(block.base.cooled(temperature), block.tuned.cooled(temperature), block.next_N)
+            return measure(block.base, block.tuned, block.logprob_difference_NV, block.next_N)
+        base, tuned = block.base.cooled(temperature), block.tuned.cooled(temperature)
+        return measure(base, tuned, tuned.logprobs() - base.logprobs(), block.next_N)
 
     def _add_waiting(self) -> None:
         """Groups what several tiles measured: per tile, grouping would cost as much as measuring."""

@@ -32,37 +32,41 @@ class Measures:
     vocabulary: dict[str, Any]
 
 
-def measure(base: Side, tuned: Side, next_N: Any) -> Measures:
-    """Divergences of the two sides' final predictions; where `next_N` is −1, delta_logprob means nothing.
+def measure(base: Side, tuned: Side, difference_NV: Any, next_N: Any) -> Measures:
+    """Divergences of the two sides' final predictions.
 
-    Divergences are within 1e-6 nats of their exact values, and exactly zero for equal inputs: rounding may put
-    a sum of a non-negative quantity a hair below zero, and JS above a quarter of the symmetrised KL, which bounds
-    it (Lin 1991, theorem 3).
+    KL and reverse KL are sums of p ln(p/q) − p + q, whose terms are never negative: float32 probabilities of a large
+    vocabulary add up to 1 only within some 1e-5, which would hide a small divergence. JS makes the same correction to
+    its sum. Exactly zero for equal inputs: rounding may put a sum of a non-negative quantity a hair below zero, and JS
+    above a quarter of the symmetrised KL, which bounds it (Lin 1991, theorem 3). Entropies are as inexact as the
+    probabilities, within some 1e-5 of their values.
+
+    Args:
+        difference_NV: log p_tuned − log p_base.
+        next_N: the true next token; where it is −1, delta_logprob means nothing.
     """
-    base_NV, tuned_NV = base.logprobs(), tuned.logprobs()
     p_base_NV, p_tuned_NV = base.probability_NV, tuned.probability_NV
-    difference_NV = tuned_NV - base_NV
     term_NV = p_tuned_NV * difference_NV
     gained_N, lost_N = argmax(term_NV), argmin(term_NV)
-    kl_N = term_NV.sum(-1).clamp(min=0)
-    reverse_kl_N = -torch.linalg.vecdot(p_base_NV, difference_NV).clamp(max=0)
+    favoured = {"base": argmax(base.logprobs()), "tuned": argmax(tuned.logprobs()), "gained": gained_N, "lost": lost_N}
+    vocabulary = {"contribution": term_NV.sum(0), "base": base.summed_probability_V, "tuned": tuned.summed_probability_V}
     token = {
-        "kl_nats": kl_N,
-        "reverse_kl_nats": reverse_kl_N,
         "delta_logprob": _at(difference_NV, next_N.clamp(min=0)),
         "gained_nats": _at(term_NV, gained_N).clamp(min=0),
         "lost_nats": _at(term_NV, lost_N).clamp(max=0),
     }
-    favoured = {"base": argmax(base_NV), "tuned": argmax(tuned_NV), "gained": gained_N, "lost": lost_N}
-    vocabulary = {"contribution": term_NV.sum(0), "base": p_base_NV.sum(0), "tuned": p_tuned_NV.sum(0)}
-    token["total_variation"] = torch.sub(p_tuned_NV, p_base_NV, out=difference_NV).abs_().sum(-1) / 2
-    token |= _mixed(base, tuned, spare_NV=(term_NV, difference_NV))
-    token["js_nats"] = token["js_nats"].minimum((kl_N + reverse_kl_N) / 4)
+    moved_NV = p_tuned_NV - p_base_NV
+    token["kl_nats"] = term_NV.sub_(moved_NV).sum(-1).clamp(min=0)
+    reverse_NV = torch.mul(p_base_NV, difference_NV, out=term_NV).sub_(moved_NV)
+    token["reverse_kl_nats"] = -reverse_NV.sum(-1).clamp(max=0)
+    token["total_variation"] = moved_NV.abs_().sum(-1) / 2
+    token |= _mixed(base, tuned, spare_NV=(term_NV, moved_NV))
+    token["js_nats"] = token["js_nats"].minimum((token["kl_nats"] + token["reverse_kl_nats"]) / 4)
     return Measures(token, favoured, vocabulary)
 
 
 def _mixed(base: Side, tuned: Side, *, spare_NV: tuple[Any, Any]) -> dict[str, Any]:
-    """Entropies, and JS = ln 2 + ½ Σ (p_b ln p_b + p_t ln p_t − s ln s) with s = p_b + p_t; `spare_NV` is overwritten."""
+    """Entropies, and JS = ½ Σ (p_b ln p_b + p_t ln p_t − s ln s + s ln 2) with s = p_b + p_t; `spare_NV` is overwritten."""
     both_NV, other_NV = spare_NV
     excess_NV = base.probability_NV * base.logprobs()
     base_entropy_N = -excess_NV.sum(-1)
@@ -75,7 +79,7 @@ def _mixed(base: Side, tuned: Side, *, spare_NV: tuple[Any, Any]) -> dict[str, A
     return {
         "base_entropy_nats": base_entropy_N,
         "tuned_entropy_nats": tuned_entropy_N,
-        "js_nats": (excess_NV.sum(-1) / 2 + log(2)).clamp(min=0),
+        "js_nats": ((excess_NV.sum(-1) + log(2) * both_NV.sum(-1)) / 2).clamp(min=0),
     }
 
 

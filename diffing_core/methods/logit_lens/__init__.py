@@ -6,7 +6,7 @@ frequent tokens, Δlog p rare ones, so both lists are kept; tokens that neither 
 are left out, since untrained tokens would lead every Δlog p list.
 
 Heads at every layer cost more than the forward itself, so a fixed sample of tokens is read (chosen by a
-hash of sequence and position: the same tokens whatever the batches).
+hash of text and position: the same tokens whatever the batches and the order of documents).
 
 Reference: nostalgebraist 2020; https://arxiv.org/abs/2303.08112 for the relation to tuned lenses.
 """
@@ -43,7 +43,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="logit_lens",
-    version="2",
+    version="3",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=LogitLensSettings,

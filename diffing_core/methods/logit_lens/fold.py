@@ -29,7 +29,8 @@ class LogitLensFold:
 
     def update(self, block: TokenBlock) -> None:
         """Keeps the sampled tokens of a block, and reads them once there are enough for an efficient product."""
-        rows_N = np.flatnonzero(sampled(block.sequence_N, block.position_N, self._share))
+        key_N = self._context.corpus.key_S[block.sequence_N]
+        rows_N = np.flatnonzero(sampled(key_N, block.position_N, self._share))
         if not len(rows_N):
             return
         row_N = torch.from_numpy(rows_N).to(block.next_N.device)
@@ -79,7 +80,8 @@ class LogitLensFold:
             self._add(self._readings[layer], tile["base"], tile["tuned"], tile.get("cross"), next_N[rows])
 
     def _add(self, reading: LayerReading, base: Side, tuned: Side, cross: Side | None, next_N: Any) -> None:
-        found = measure(base, tuned, next_N)
+        difference_NV = tuned.logprobs() - base.logprobs()
+        found = measure(base, tuned, difference_NV, next_N)
         has_next = next_N >= 0
         scalars = {
             "kl_nats": found.token["kl_nats"].sum(),
@@ -91,7 +93,7 @@ class LogitLensFold:
         vectors = {
             "base_probability": found.vocabulary["base"],
             "tuned_probability": found.vocabulary["tuned"],
-            "delta_logprob": (tuned.logprobs() - base.logprobs()).sum(0),
+            "delta_logprob": difference_NV.sum(0),
         }
         if cross is None:
             scalars["cross_kl_nats"], vectors["cross_probability"] = scalars["kl_nats"], vectors["tuned_probability"]

@@ -294,3 +294,11 @@ def test_findings_are_the_tuned_heads_promoted_tokens_at_the_shown_depths(pair: 
         "max_relative_norm": top["relative_norm"],
         "at": f"layer {top['layer']}, {where}",
     }
+
+
+def test_findings_come_from_the_layers_that_were_read_wherever_they_lie(pair: ModelPair) -> None:
+    settings = AdlSettings(layers=(0,), positions=2)
+    [result] = paired_pass([pair], corpus(), [(ADL, settings)])
+    shown = ADL.findings(result.tables, settings)
+    assert len(shown) == settings.shown
+    assert {finding.layer for finding in shown} == {0}

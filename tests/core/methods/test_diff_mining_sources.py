@@ -1,6 +1,7 @@
 """diff_mining's sources and differences against plain recomputation, and the positions that are counted."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from diffing_core.methods.base import Tables
 from diffing_core.methods.diff_mining import METHOD
 from diffing_core.methods.diff_mining.fold import DiffMiningFold
 from diffing_core.methods.diff_mining.patchscope import PatchedPrompt
+from diffing_core.methods.diff_mining.positions import AnswerWindow
 from diffing_core.models import ModelPair
 from diffing_core.paired_pass import paired_pass
 from diffing_core.sampling import sampled
@@ -189,8 +191,8 @@ def test_lenses_cost_nothing_unless_they_are_asked_for(pair: ModelPair, monkeypa
 def test_the_patchscope_reads_the_hashed_sample_whatever_the_batches(pair: ModelPair):
     options = {"source": "patchscope_lens", "patchscope_tokens": 20}
     alone, together = (mined(pair, probe(), size, **options)[VOCABULARY].to_pydict() for size in (1, 4096))
-    sequence_M, position_M = np.repeat(np.arange(6), LENGTHS), np.concatenate([np.arange(n) for n in LENGTHS])
-    n_read = sampled(sequence_M, position_M, 20 / sum(LENGTHS)).sum()
+    key_M, position_M = np.repeat(probe().key_S, LENGTHS), np.concatenate([np.arange(n) for n in LENGTHS])
+    n_read = sampled(key_M, position_M, 20 / sum(LENGTHS)).sum()
     assert 0 < n_read < sum(LENGTHS)
     assert sum(alone["count_top"]) == 5 * n_read
     assert alone["count_top"] == together["count_top"]
@@ -198,8 +200,13 @@ def test_the_patchscope_reads_the_hashed_sample_whatever_the_batches(pair: Model
 
 
 def test_a_sample_that_misses_the_corpus_gives_empty_tables(pair: ModelPair):
-    missed = next(n for n in range(2, 999) if not sampled(np.zeros(n, int), np.arange(1, n + 1), 1 / n).any())
-    corpus = ProbeCorpus("missed", corpus_of([missed + 1], model_files.VOCAB).sequences, 1, skip_first_tokens=1)
+    corpora = (
+        ProbeCorpus("missed", corpus_of([n + 1], model_files.VOCAB).sequences, 1, skip_first_tokens=1) for n in range(2, 999)
+    )
+    corpus = next(
+        each for each in corpora
+        if not sampled(each.key_S.repeat(each.n_tokens), np.arange(1, each.n_tokens + 1), 1 / each.n_tokens).any()
+    )  # fmt: skip
     options = {"source": "patchscope_lens", "patchscope_tokens": 1, "lens_layer": 1, "topics": 2, "windows": 0}
     tables = mined(pair, corpus, **options | {"whole_vocabulary": False})
     assert all(table.num_rows == 0 for table in tables.values())
@@ -296,11 +303,18 @@ def test_only_positions_around_the_first_answer_are_counted(before: int, end: in
     difference_MV = random_differences(0, n, 40)
     options = {"top_k": 4, "topics": 0, "whole_vocabulary": True, "before_answer": before, "answer_positions": end}
     found = mine(difference_MV, chats(), **options)[VOCABULARY].to_pydict()
+    assert AnswerWindow(chats(), METHOD.settings(**options)).n_counted == counted_rows(before, end).sum()
     kept_MV = difference_MV[counted_rows(before, end)]
     top_V, bottom_V = counts_by_sorting(kept_MV, 4)
     assert (found["count_top"], found["count_bottom"]) == (top_V.tolist(), bottom_V.tolist())
     np.testing.assert_allclose(found["mean_difference"], kept_MV.astype(float).mean(0), atol=1e-6)
     np.testing.assert_allclose(found["fraction_positive"], (kept_MV > 0).mean(0), atol=1e-12)
+
+
+def test_a_patchscope_sample_is_a_share_of_the_counted_positions():
+    """Only of those: a share of all tokens of long chats would leave next to none of a short window."""
+    window = AnswerWindow(replace(chats(), skip_first_tokens=5), METHOD.settings(before_answer=2, answer_positions=1))
+    assert window.n_counted == 2 + 0 + 0 + 1  # 5 and 6 of the first chat, none of the other two, the text's last
 
 
 def test_all_positions_are_counted_unless_an_answer_window_is_set():

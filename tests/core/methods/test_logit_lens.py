@@ -148,12 +148,12 @@ def test_tokens_that_neither_model_expects_are_left_out(pair: ModelPair) -> None
     assert set(listed) >= set(np.flatnonzero(likely_V >= bound * (1 + 1e-4))) - {1}
 
 
-def test_the_sample_is_fixed_by_sequence_and_position_whatever_the_batches(pair: ModelPair) -> None:
+def test_the_sample_is_fixed_by_text_and_position_whatever_the_batches(pair: ModelPair) -> None:
     probe = corpus(lengths=(40, 30, 20, 10))
     tables = [run(pair, probe, budget, max_tokens=30, layers=(0,)) for budget in (1, 64, 4096)]
-    sequence_N = np.repeat(np.arange(4), (40, 30, 20, 10))
+    key_N = np.repeat(probe.key_S, (40, 30, 20, 10))
     position_N = np.concatenate([np.arange(n) for n in (40, 30, 20, 10)])
-    chosen = sampled(sequence_N, position_N, 0.3)
+    chosen = sampled(key_N, position_N, 0.3)
     base_NV, tuned_NV, _ = readings(pair, 0, probe)
     for each in tables:
         row = each["logit_lens_layers"].row(0, named=True)

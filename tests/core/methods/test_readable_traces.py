@@ -262,3 +262,9 @@ def test_findings_are_the_tokens_that_both_halves_name(pair: ModelPair) -> None:
         assert finding.item in row["tokens_half_2"]
         assert (finding.score, finding.p_value) == (row["unbiased_bias_fraction"], row["p_value"])
         assert finding.score > 0
+
+
+def test_findings_come_from_the_layers_that_were_read_wherever_they_lie(pair: ModelPair) -> None:
+    settings = ReadableTracesSettings(layers=(0,), positions=2)
+    [result] = paired_pass([pair], corpus(), [(TRACES, settings)])
+    assert {finding.layer for finding in TRACES.findings(result.tables, settings)} == {0}
