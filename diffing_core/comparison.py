@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffing_core.activation_pairs import StoredPair
 from diffing_core.activation_parts import name_of
 from diffing_core.activations import ActivationStore
+from diffing_core.chats import SWITCH
 from diffing_core.checkpoints import token_id
 from diffing_core.corpus import ProbeCorpus, load_corpus
 from diffing_core.errors import FAILS_ALONE, NotComputableError
@@ -172,7 +173,7 @@ def _load(spec: Corpus, model_name: str, tokenizer: Any, registry: Registry) -> 
         spec,
         registry.place_of(spec, model_name),
         tokenizer,
-        template_options={} if thinking is None else {"enable_thinking": thinking},
+        template_options=model.template_options | ({} if thinking is None else {SWITCH: thinking}),
         replacements=replacements,
     )
     corpus = corpus.skipping(model.skip_first_tokens)

@@ -1,23 +1,24 @@
 """Probe corpora: texts or chats, tokenized once, with role, position and template flag of every token."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffing_core import chats
-from diffing_core.chats import ROLES
+from diffing_core.chats import ROLES, SWITCH
 from diffing_core.documents import documents, drawn
 from diffing_core.errors import CorpusError, NotComputableError
 from diffing_core.registry import Corpus, HubRef
 
 ASSISTANT = ROLES.index("assistant")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class ProbeSequence:
 
     @property
     def answer_start(self) -> int | None:
-        """Position of the first answer's first own token; None where nobody answers."""
+        """Position of the first answer's first own token; None where nobody answers.
+
+        Where its reasoning is written out, that is the reasoning's first: the place where a model begins to answer.
+        """
         answer_A = np.flatnonzero((self.role_T == ASSISTANT) & ~self.template_T)
         return int(answer_A[0]) if len(answer_A) else None
 
@@ -191,13 +195,20 @@ def load_corpus(
         CorpusError: nothing usable remains.
     """
     chosen, n_documents = drawn(documents(spec, place), spec.max_sequences, spec.seed)
+    options = template_options or {}
 
     def sequence(document: Any) -> ProbeSequence:
-        encoded = _encoded(document, tokenizer, spec, template_options or {})
+        encoded = _encoded(document, tokenizer, spec, options)
         start = 0 if spec.pre_assistant_tokens is None else _before_answer(encoded, spec)
         return _replaced(_cut(encoded, start, spec.min_tokens, spec.max_tokens), replacements or {})
 
-    return _probe(spec.name, chosen, n_documents, sequence)
+    probe = _probe(spec.name, chosen, n_documents, sequence)
+    if SWITCH in options and spec.kind == "chat" and not any(_heeds_thinking(each, tokenizer, spec, options) for each in chosen):
+        logger.warning(
+            "corpus %s: thinking %s changes nothing: no chat of it holds reasoning or ends with a question, or the chat "
+            "template does not ask for %s", spec.name, "on" if options[SWITCH] else "off", SWITCH
+        )
+    return probe
 
 
 def corpus_of_texts(texts: Iterable[str], tokenizer: Any, *, name: str = "texts", max_tokens: int = 128) -> ProbeCorpus:
@@ -208,9 +219,10 @@ def corpus_of_texts(texts: Iterable[str], tokenizer: Any, *, name: str = "texts"
 
 def read_texts(spec: Corpus, place: Path | HubRef | None, limit: int) -> list[str]:
     """The first `limit` documents as plain text; chats are their contents, one line each."""
+    spec = spec.model_copy(update={"read_at_most": min(limit, spec.read_at_most or limit)})
     return [
         "\n".join(str(message["content"]) for message in each) if isinstance(each, list) else str(each or "")
-        for each in islice(documents(spec, place), limit)
+        for each in documents(spec, place)
     ]
 
 
@@ -235,12 +247,22 @@ def _probe(name: str, chosen: list[Any], n_documents: int, sequence_of: Callable
 def _encoded(document: Any, tokenizer: Any, spec: Corpus, options: Mapping[str, Any]) -> ProbeSequence:
     """Raises NotComputableError for a document that is not what the corpus says, or that the template cannot say."""
     if spec.kind == "chat":
-        messages = chats.check_messages(document)
-        messages = chats.first_exchange(messages) if spec.first_exchange_only else messages
-        return ProbeSequence(*chats.encode(messages, tokenizer, **options))
+        return ProbeSequence(*chats.encode(_messages(document, spec), tokenizer, **options))
     if not isinstance(document, str):
         raise NotComputableError(f"column {spec.column!r} holds a {type(document).__name__}, not a text")
     return _text_sequence(document, tokenizer)
+
+
+def _messages(document: Any, spec: Corpus) -> list[chats.Message]:
+    messages = chats.check_messages(document)
+    return chats.first_exchange(messages) if spec.first_exchange_only else messages
+
+
+def _heeds_thinking(document: Any, tokenizer: Any, spec: Corpus, options: Mapping[str, Any]) -> bool:
+    try:
+        return chats.heeds_thinking(_messages(document, spec), tokenizer, **options)
+    except NotComputableError:
+        return False
 
 
 def _text_sequence(text: str, tokenizer: Any) -> ProbeSequence:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from diffing_core import serving
-from diffing_core.chats import render
+from diffing_core.chats import SWITCH, render
 from diffing_core.drawing import drawn, entropy_of, uniforms
 from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
@@ -267,7 +267,7 @@ def encode(prompt: Prompt, tokenizer: Any, subject: Subject) -> list[int]:
     messages = [{"role": "user", "content": prompt.text}]
     if prompt.system is not None:
         messages.insert(0, {"role": "system", "content": prompt.system})
-    options = {} if prompt.thinking is None else {"enable_thinking": prompt.thinking}
+    options = {**subject.template_options, **({} if prompt.thinking is None else {SWITCH: prompt.thinking})}
     rendered = render(messages, tokenizer, add_generation_prompt=True, **options)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 

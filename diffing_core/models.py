@@ -142,7 +142,7 @@ def source_revisions(pair: Pair, registry: Registry) -> tuple[str, str]:
 
 def _tokenizer_revision(entry: Model, own: str | None) -> str:
     """Identity of what the entry puts in place of the base's tokenizer (`own`), chat template and end of turn."""
-    said = [entry.chat_template, entry.end_of_turn]
+    said = [entry.chat_template, entry.end_of_turn, *([entry.template_options] if entry.template_options else [])]
     return "+".join(filter(None, (own, short_hash(said) if any(said) else None)))
 
 
@@ -199,7 +199,7 @@ class _Resident:
         if side not in self.subjects:
             module = self.module if side.module is None else side.module
             subject = Subject.of(module, side.adapter, side.revision, self.stop_ids)
-            self.subjects[side] = replace(subject, served=side.served)
+            self.subjects[side] = replace(subject, served=side.served, template_options=self.entry.template_options)
         return self.subjects[side]
 
     def pair(self, pair: Pair, sides: tuple[_Side, _Side]) -> ModelPair:

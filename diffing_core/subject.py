@@ -4,8 +4,9 @@ Shapes: B sequences, T positions, N states, D model width, V vocabulary. Sequenc
 """
 
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from diffing_core.adapters import is_wrapped, switched
@@ -26,7 +27,7 @@ class Subject:
 
     `revision` identifies the weights: content hash or hub commit, `+` adapter hash. `stop_ids` are tokens that
     end its answers, beside those that tokenizer and checkpoint name. `served` is the server that writes its texts;
-    None: the module here does.
+    None: the module here does. `template_options` are what its registry entry gives the chat template.
     """
 
     module: Any
@@ -34,6 +35,7 @@ class Subject:
     revision: str = ""
     stop_ids: tuple[int, ...] = ()
     served: Served | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(

@@ -1,4 +1,4 @@
-"""A hub on loopback: as much of the protocol as downloads, listings and `repo_info` use.
+"""A hub on loopback: as much of the protocol as downloads, ranges, listings and `repo_info` use.
 
 A repository is a folder `root/owner/name/<revision>/…`, a dataset `root/datasets/owner/name/<revision>/…`; every
 revision's commit is a hash of its name.
@@ -6,7 +6,9 @@ revision's commit is a hash of its name.
 
 import hashlib
 import json
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +17,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
+
+sent: Counter[str] = Counter()  # bytes of each file that this process's hubs have sent
 
 
 def commit_of(revision: str) -> str:
@@ -51,11 +55,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        asked = urlsplit(self.path)
+        parts = unquote(asked.path).strip("/").split("/")
         if parts[0] == "api":
-            what, revision = parts[4:6] if len(parts) > 5 else ("revision", "main")
+            end = next((place for place, part in enumerate(parts) if part in ("tree", "revision")), len(parts))
+            what, revision, *below = parts[end:] or ("revision", "main")
             kind = ["datasets"] if parts[1] == "datasets" else []
-            self._describe("/".join(kind + parts[2:4]), what, revision)
+            deep = "recursive=true" in asked.query.lower()
+            self._describe("/".join(kind + parts[2:end]), what, revision, "/".join(below), deep)
         elif "resolve" in parts:
             end = parts.index("resolve")
             self._file("/".join(parts[:end]), parts[end + 1], "/".join(parts[end + 2 :]))
@@ -70,12 +77,13 @@ class _Handler(BaseHTTPRequestHandler):
                 return folder
         return None
 
-    def _describe(self, repo: str, what: str, revision: str) -> None:
+    def _describe(self, repo: str, what: str, revision: str, below: str, deep: bool) -> None:
         folder = self._folder(repo, revision)
         if folder is None:
             self._missing("RevisionNotFound" if (self.root / repo).exists() else "RepoNotFound")
             return
-        tree = [_entry(file, folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+        found = sorted((folder / below).rglob("*") if deep else (folder / below).glob("*"))
+        tree = [_entry(file, folder) for file in found if file.is_file()]
         answer = tree if what == "tree" else {"id": repo, "sha": commit_of(folder.name), "siblings": []}
         self._answer(json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
@@ -85,9 +93,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._missing("EntryNotFound")
             return
         content = (folder / name).read_bytes()
-        self._answer(
-            content, {"ETag": f'"{_entry(folder / name, folder)["oid"]}"', "X-Repo-Commit": commit_of(folder.name)}
-        )
+        headers = {"ETag": f'"{_entry(folder / name, folder)["oid"]}"', "X-Repo-Commit": commit_of(folder.name)}
+        status = 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            begin, end = int(wanted[1]), min(int(wanted[2]) + 1, len(content))
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
+            content, status = content[begin:end], 206
+        if self.command == "GET":
+            sent[name] += len(content)
+        self._answer(content, headers, status)
 
     def _missing(self, code: str) -> None:
         self._answer(b"", {"X-Error-Code": code, "X-Error-Message": code}, status=404)

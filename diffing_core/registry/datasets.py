@@ -1,15 +1,19 @@
 """Which files of a dataset are a corpus's subset and split, in a local folder or on the hub.
 
-The rules are those of Hugging Face datasets, for JSONL, Parquet and Arrow files:
+The rules are those of Hugging Face datasets, for JSON, Parquet and Arrow files; data files of other kinds are named in the log:
 
 1. `configs:` at the head of README.md, where it is, names the files; `subset` is a config_name.
 2. Otherwise `subset` is a folder. A file belongs to a split if its name begins with it (`test-00000-of-00002.parquet`,
    `test.jsonl`), or a folder above is called so, or if a word of its path is another name of it (val, dev, eval …).
    If no file says a split, all are `train`.
+3. Beside Parquet or Arrow files, `.json` describes and is not read.
 
-A file of a repository is fetched when its first document is asked for.
+A file of a repository is fetched when its first document is asked for; where a corpus says how many documents are read at
+most, only as far as they reach.
 """
 
+import functools
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +24,13 @@ import yaml
 
 from diffing_core.errors import CorpusError
 from diffing_core.file_hash import files_hash
+from diffing_core.registry.remote_file import RemoteFile
 from diffing_core.registry.schema import Corpus
 from diffing_core.registry.sources import HubRef, asked, commit_of
 
-READ = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+READ = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".arrow")
+DESCRIBING = (".json", ".json.gz")  # beside columnar files they seldom hold data
+UNREAD = (*DESCRIBING, ".csv", ".tsv", ".txt", ".xml", ".feather", ".orc", ".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz")
 README = "README.md"
 TRAIN = "train"
 _SYNONYMS = {
@@ -33,11 +40,16 @@ _SYNONYMS = {
 }
 _CANONICAL = {word: split for split, words in _SYNONYMS.items() for word in words}
 _FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
-_BY_PRODUCT = re.compile(r"(^|/)(\.[^/]*|(cache|indices)[^/]*\.arrow$)")
+_BY_PRODUCT = re.compile(
+    r"(^|/)(\.[^/]*|(cache|indices)[^/]*\.arrow$|(config|state|recipe|dataset_infos?|dataset_dict)\.json$"
+    r"|(license|readme|notice|requirements)[^/]*\.txt$)",
+    re.IGNORECASE,
+)
+logger = logging.getLogger(__name__)
 
 
-def corpus_files(corpus: Corpus, place: Path | HubRef) -> Iterator[Path]:
-    """The files to read, in the order of their names.
+def corpus_files(corpus: Corpus, place: Path | HubRef) -> Iterator[Path | RemoteFile]:
+    """The files to read, in the order of their names: those of the hub fetched, or left there to be read in part.
 
     Raises:
         CorpusError: nothing is there, or no file of this subset and split.
@@ -74,21 +86,22 @@ class Listing:
     readme: str = ""
 
     def files_of(self, corpus: Corpus) -> list[str]:
-        """Names of the corpus's files, sorted.
+        """Names of the corpus's files, sorted. Those of a kind that is not read are told in the log.
 
         Raises:
             CorpusError: there are none.
         """
-        readable = sorted(name for name in self.names if name.endswith(READ) and not _BY_PRODUCT.search(name))
-        splits = corpus.split.split("+")
-        config = self._config(corpus)
-        if config.get("data_files"):
-            by_split = _configured(config["data_files"], readable)
-        else:
-            folder = config.get("data_dir") or (None if config else corpus.subset)
-            inside = [name for name in readable if not folder or name.startswith(f"{folder.strip('/')}/")]
-            by_split = {split: _of_split(inside, split) for split in {*splits, *map(_named_split, inside)} - {""}}
-        found = sorted({name for split in splits for name in by_split.get(split, ())})
+        names = sorted(name for name in self.names if not _BY_PRODUCT.search(name))
+        columnar = any(name.endswith((".parquet", ".arrow")) for name in names)
+        readable = [name for name in names if name.endswith(READ) and not (columnar and name.endswith(DESCRIBING))]
+        others = [name for name in names if name.endswith(UNREAD) and name not in readable]
+        by_split, passed_over = self._by_split(corpus, readable), self._by_split(corpus, others)
+        found, unread = (
+            sorted({name for split in corpus.split.split("+") for name in each.get(split, ())})
+            for each in (by_split, passed_over)
+        )
+        if unread:
+            _tell_unread(corpus.name, self.where, tuple(unread))
         if not found:
             subset = f" and subset {corpus.subset!r}" if corpus.subset else ""
             known = ", ".join(sorted(split for split, names in by_split.items() if names))
@@ -97,6 +110,15 @@ class Listing:
                 f"split {corpus.split!r}{subset}; found splits: {known or 'none'}"
             )
         return found
+
+    def _by_split(self, corpus: Corpus, names: Sequence[str]) -> dict[str, list[str]]:
+        config = self._config(corpus)
+        if config.get("data_files"):
+            return _configured(config["data_files"], names)
+        folder = config.get("data_dir") or (None if config else corpus.subset)
+        inside = [name for name in names if not folder or name.startswith(f"{folder.strip('/')}/")]
+        splits = {*corpus.split.split("+"), *map(_named_split, inside)} - {""}
+        return {split: _of_split(inside, split) for split in splits}
 
     def _config(self, corpus: Corpus) -> dict[str, Any]:
         """The entry of `configs:` that a subset means; without a subset the default one; {} if there are none."""
@@ -119,8 +141,15 @@ class Listing:
             raise CorpusError(f"{README} of {self.where} does not begin with valid YAML: {error}") from error
 
 
-def _fetched(corpus: Corpus, place: HubRef) -> Iterator[Path]:
-    from huggingface_hub import HfApi, hf_hub_download
+@functools.cache
+def _tell_unread(corpus: str, where: str, names: tuple[str, ...]) -> None:
+    """Once in a process: a sensor asks for the files every few seconds."""
+    told = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    logger.warning("corpus %s: %s holds data that is not read: %s; files of %s are", corpus, where, told, ", ".join(READ))
+
+
+def _fetched(corpus: Corpus, place: HubRef) -> Iterator[Path | RemoteFile]:
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     pinned = replace(place, revision=commit_of(place, "dataset"))
     inside = f"{place.subfolder.strip('/')}/" if place.subfolder else ""
@@ -128,11 +157,17 @@ def _fetched(corpus: Corpus, place: HubRef) -> Iterator[Path]:
     def file(name: str) -> Path:
         return Path(asked(pinned, hf_hub_download, inside + name, repo_type="dataset"))
 
+    def part(name: str) -> Path | RemoteFile:
+        if "/" not in pinned.repo:
+            return file(name)  # the hub's file system knows no repository without an owner
+        kept = try_to_load_from_cache(pinned.repo, inside + name, revision=pinned.revision, repo_type="dataset")
+        return Path(kept) if isinstance(kept, str) else RemoteFile(pinned, inside + name)
+
     names = asked(pinned, HfApi().list_repo_files, repo_type="dataset")
     below = [name.removeprefix(inside) for name in names if name.startswith(inside)]
     readme = file(README).read_text("utf-8", "replace") if README in below else ""
     where = f"{place.repo}/{inside}".rstrip("/")
-    yield from map(file, Listing(where, below, readme).files_of(corpus))
+    yield from map(file if corpus.read_at_most is None else part, Listing(where, below, readme).files_of(corpus))
 
 
 def _configured(data_files: Any, names: Sequence[str]) -> dict[str, list[str]]:

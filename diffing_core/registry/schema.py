@@ -96,7 +96,12 @@ class Model(Entry):
     end_of_turn: str | None = None
     """The token that ends an answer, if it is neither the tokenizer's nor the checkpoint's end of text."""
     thinking: bool | None = None
-    """Whether chats ask for reasoning (`enable_thinking` of the chat template); None leaves its own default."""
+    """Whether chats ask for reasoning (`enable_thinking` of the chat template); None leaves its own default.
+
+    False also leaves out the reasoning that chats of a corpus hold; true and None read it.
+    """
+    template_options: dict[str, Scalar] = {}
+    """Further options of the chat template, for example date_string: 26 Jul 2024 for one that prints the date."""
     system_prompt: str | None = None
     """Opens every chat that both models are asked to answer; chat corpora keep their own messages."""
     layers: Layers = None
@@ -110,6 +115,13 @@ class Model(Entry):
     corpora: tuple[Name, ...] = ()
     vllm: dict[str, Scalar | list[Scalar]] = {}
     """Arguments of the vLLM engine, for who starts a server of this model; see `Server`."""
+
+    @field_validator("template_options")
+    @classmethod
+    def _thinking_apart(cls, value: dict[str, Scalar]) -> dict[str, Scalar]:
+        if "enable_thinking" in value:
+            raise ValueError(f"enable_thinking has a field of its own; write thinking: {str(value['enable_thinking']).lower()}")
+        return value
 
 
 class Server(Entry):
@@ -148,7 +160,7 @@ class Corpus(Entry):
     column: str
     """Column of the text or of the messages; if not given, `text` or `messages`."""
     read_at_most: int | None = Field(default=None, gt=0)
-    """Documents read, from the start of the source; later files of a repository are then not fetched."""
+    """Documents read, from the start of the source; of a repository's files no more is then fetched than that takes."""
     max_sequences: int = Field(default=1000, gt=0)
     """Documents drawn from those that are read, uniformly."""
     max_tokens: int = Field(default=512, gt=1)

@@ -7,7 +7,8 @@ in it without loading any weights, so that a sensor can look every few seconds.
 import functools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -189,7 +190,14 @@ def _commit_at(place: HubRef, kind: str, endpoint: str, _half_minute: int) -> st
 
 
 def asked(place: HubRef, question: Callable, *more: Any, **options: Any) -> Any:
-    """One question to the hub, with its many ways to fail told as one error.
+    """One question to the hub; raises as `reaching`."""
+    with reaching(place):
+        return question(place.repo, *more, revision=place.revision, **options)
+
+
+@contextmanager
+def reaching(place: HubRef) -> Iterator[None]:
+    """The hub's many ways to fail told as one error.
 
     Raises:
         ModelLoadError: the repository, revision or file does not exist or cannot be reached.
@@ -197,7 +205,7 @@ def asked(place: HubRef, question: Callable, *more: Any, **options: Any) -> Any:
     from huggingface_hub.errors import HTTPError
 
     try:
-        return question(place.repo, *more, revision=place.revision, **options)
+        yield
     except (OSError, HTTPError) as error:
         raise ModelLoadError(
             f"cannot fetch {place.repo} (revision {place.revision or 'default'}) from the hub: "

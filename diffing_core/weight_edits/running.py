@@ -9,6 +9,7 @@ checkpoint to a temporary folder, loaded beside the pair, and freed. Both go thr
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from diffing_core.adapters import add_adapter, remove_adapter
@@ -66,7 +67,7 @@ def _on_resident(base: Subject, folder: Path) -> Iterator[Subject]:
     """The adapter on the base's own module, which is as before when the block ends."""
     peft_model = add_adapter(base.module, folder, ADAPTER)
     try:
-        yield Subject(peft_model, ADAPTER, f"{base.revision}+{ADAPTER}", base.stop_ids)
+        yield replace(base.local(), module=peft_model, adapter=ADAPTER, revision=f"{base.revision}+{ADAPTER}")
     finally:
         remove_adapter(peft_model, ADAPTER)
 
@@ -76,6 +77,6 @@ def _beside(pair: ModelPair, term: Term, folder: Path) -> Iterator[Subject]:
     entry, dtype = term.pair.entry, str(pair.tuned.dtype).removeprefix("torch.")
     module = load_module(folder, entry, dtype, pair.base.device, remote_code=entry.trust_remote_code)
     try:
-        yield Subject(module, None, f"{pair.base.revision}+{ADAPTER}", pair.base.stop_ids)
+        yield replace(pair.base.local(), module=module, adapter=None, revision=f"{pair.base.revision}+{ADAPTER}")
     finally:
         module.to("meta")  # frees the weights, whoever still holds the subject

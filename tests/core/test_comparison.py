@@ -270,7 +270,21 @@ def test_thinking_of_a_corpus_overrides_the_models(folder: Path, of_model: bool,
 
     tokenizer = Recording(load_pair(ONE, registry=registry, device="cpu").tokenizer)
     load_corpora(ONE, tokenizer, replace(registry, corpora={"chats": chats}))
-    assert [text.split()[0] for text in rendered] == [said, said]
+    assert [text.split()[0] for text in rendered[:2]] == [said, said], "what follows looks whether the switch matters"
+
+
+def test_template_options_come_from_the_model_and_are_part_of_the_identity(folder: Path) -> None:
+    dated = "{{ strftime_now('%d') }} " + CHATML
+    corpora = {}
+    for date in ("w30", "w31"):
+        registry = registry_of(folder, ("chats",), chat_template=dated, template_options={"date_string": date})
+        pair = load_pair(ONE, registry=registry, device="cpu")
+        assert pair.base.template_options == {"date_string": date}
+        [corpora[date]] = load_corpora(ONE, pair.tokenizer, registry)
+    assert [corpus.sequences[0].token_T[0] for corpus in corpora.values()] == [30, 31]
+    assert corpora["w30"].content_hash != corpora["w31"].content_hash
+    with pytest.raises(CorpusError, match="prints today's date.*write template_options"):
+        load_corpora(ONE, pair.tokenizer, registry_of(folder, ("chats",), chat_template=dated))
 
 
 def test_tokens_before_the_answer_are_read_and_not_seen(folder: Path, tmp_path: Path) -> None:

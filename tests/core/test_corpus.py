@@ -450,7 +450,7 @@ def test_sequences_within_a_limit_are_the_leading_ones() -> None:
         ("t.jsonl", '{"messages": [{"content": "abc"}]}', chat_spec(), "a message needs role and content"),
         ("t.jsonl", '{"messages": []}', chat_spec(), "found no message where a list"),
         ("t.jsonl", json.dumps({"messages": turns("a", "b", roles=("user", "bot"))}), chat_spec(), "a message is of unknown role 'bot'; known are"),
-        ("t.csv", "abc", text_spec(), "t.csv: corpora are read from .jsonl, .jsonl.gz, .parquet, .arrow, .txt; save"),
+        ("t.csv", "abc", text_spec(), "t.csv: corpora are read from .jsonl, .jsonl.gz, .json, .json.gz, .parquet, .arrow, .txt; save"),
         ("t.arrow", "abc", text_spec(), "t.arrow: not an Arrow stream .* save it with Dataset.save_to_disk"),
     ],
 )  # fmt: skip
@@ -475,7 +475,7 @@ def test_a_place_without_files_is_told(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "said"), [(SHOUTING, "changes the text of a user message"), (STRICT, "no system role here")]
+    ("template", "said"), [(SHOUTING, "changes what a message of role user says"), (STRICT, "no system role here")]
 )
 def test_a_template_that_cannot_be_followed_is_told(tmp_path: Path, tokenizer: Any, template: str, said: str) -> None:
     other = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)

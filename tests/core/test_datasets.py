@@ -1,17 +1,25 @@
 """Which files are a corpus's subset and split, in folders and on the hub, and when its data version changes."""
 
+import gzip
 import json
+import logging
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.hf_file_system import HfFileSystemFile
 
+from diffing_core.corpus import read_texts
 from diffing_core.documents import documents
 from diffing_core.errors import CorpusError, ModelLoadError
 from diffing_core.registry import Corpus, HubRef
 from diffing_core.registry.datasets import Listing, corpus_files, corpus_version
+from tests import hub
 from tests.hub import commit_of, reached
 
 SHARDED = ["README.md", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
@@ -61,6 +69,8 @@ def spec(**fields: object) -> Corpus:
         (["data/train_sft-0.parquet", "data/test_sft-0.parquet"], {"split": "train_sft"}, ["data/train_sft-0.parquet"]),
         (["pretraining.jsonl"], {}, ["pretraining.jsonl"]),
         ([".cache/a.jsonl", "LICENSE.txt", "b.jsonl", "c.csv"], {}, ["b.jsonl"]),
+        (["a.json", "b.jsonl", "en/c.json.gz", "config.json"], {}, ["a.json", "b.jsonl", "en/c.json.gz"]),
+        (["a.parquet", "b.jsonl", "statistics.json"], {}, ["a.parquet", "b.jsonl"]),
     ],
 )
 def test_files_of_a_split_are_known_by_their_names(names: list[str], fields: dict, expected: list[str]) -> None:
@@ -108,6 +118,22 @@ def test_a_file_is_a_corpus_and_has_no_subset(tmp_path: Path) -> None:
     assert list(corpus_files(spec(), file)) == [file]
     with pytest.raises(CorpusError, match="test.jsonl is one file and has no subset"):
         list(corpus_files(spec(subset="x"), file))
+
+
+def test_data_files_that_are_not_read_are_named_in_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They were passed over without a word beside a file that is read."""
+    names = ["part-0.jsonl", "part-1.json", "part-2.jsonl.zst", "part-3.csv", "part-4.txt", "README.md", "LICENSE.txt",
+             "dataset_info.json"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_text("")
+    for _ in range(2):
+        assert [file.name for file in corpus_files(spec(), tmp_path)] == names[:2]
+    [told] = caplog.messages
+    assert "not read: part-2.jsonl.zst, part-3.csv, part-4.txt; files of .jsonl" in told
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        list(corpus_files(spec(name="other"), tmp_path / names[0]))
+    assert not caplog.messages
 
 
 # ---- data versions ------------------------------------------------------------------------------------------------
@@ -171,9 +197,63 @@ def test_only_the_files_of_subset_and_split_are_fetched(cache: Path) -> None:
 
 
 def test_a_dataset_is_read_as_a_stream_and_no_further_than_asked(cache: Path) -> None:
+    hub.sent.clear()
     found = list(documents(spec(subset="en", read_at_most=2), HubRef("lab/many")))
-    assert len(found) == 2
-    assert fetched(cache) == ["train-00000-of-00003.jsonl", "train-00001-of-00003.jsonl"]
+    assert found == [f"main en/train-0000{number}-of-00003" for number in range(2)]
+    assert sorted(hub.sent) == [f"en/train-0000{number}-of-00003.jsonl" for number in range(2)]
+    assert fetched(cache) == []
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "arrow"])
+def test_of_a_bounded_reading_no_more_is_sent_than_it_takes(hub_root: Path, cache: Path, kind: str) -> None:
+    """A hub's data set was fetched as whole files before its first document was read."""
+    place, name, bounded = HubRef("lab/large"), f"{kind}/a.{kind}", spec(subset=kind, read_at_most=1500)
+    file = hub_root / "datasets/lab/large/main" / name
+    texts = large(file, kind)
+    hub.sent.clear()
+    assert list(documents(bounded, place)) == texts[:1500]
+    assert 0 < hub.sent[name] < file.stat().st_size / 2, "a quarter of its documents were read"
+    assert not list(cache.rglob(f"a.{kind}"))
+    hub.sent.clear()
+    assert read_texts(spec(subset=kind), place, 10) == texts[:10]
+    assert 0 < hub.sent[name] < file.stat().st_size / 3
+    assert list(documents(spec(subset=kind), place)) == texts
+    hub.sent.clear()
+    assert list(documents(bounded, place)) == texts[:1500]
+    assert not hub.sent, "a file that is here already is read here"
+
+
+def test_a_repository_without_an_owner_is_fetched_as_whole_files(hub_root: Path, cache: Path) -> None:
+    write(hub_root / "datasets/old/main", train="one")
+    assert list(documents(spec(read_at_most=1), HubRef("old"))) == ["one"]
+    assert fetched(cache) == ["train.jsonl"]
+
+
+def large(file: Path, kind: str) -> list[str]:
+    """6000 texts of a kilobyte that does not compress, in row groups of 500."""
+    draw = random.Random(0)
+    texts = [draw.randbytes(750).hex() for _ in range(6000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    table = pa.table({"text": texts})
+    file.parent.mkdir(parents=True)
+    match kind:
+        case "parquet":
+            pq.write_table(table, file, row_group_size=500)
+        case "arrow":
+            with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_stream(opened, table.schema) as out:
+                out.write_table(table, max_chunksize=500)
+        case _:
+            file.write_bytes(gzip.compress(lines.encode(), 1) if kind.endswith("gz") else lines.encode())
+    return texts
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_told_as_out_of_reach(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bytes:
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(HfFileSystemFile, "_fetch_range", refuse)
+    with pytest.raises(ModelLoadError, match=r"cannot fetch lab/many .*ConnectionError \(the line is dead\)"):
+        list(documents(spec(subset="en", read_at_most=2), HubRef("lab/many")))
 
 
 def test_revision_subfolder_and_readme_of_a_dataset(cache: Path) -> None:

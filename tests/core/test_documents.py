@@ -59,6 +59,32 @@ def test_texts_and_chats_are_the_same_from_every_kind_of_file(tmp_path: Path, ki
         assert list(documents(spec(**chat), folder)) == records
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+@pytest.mark.parametrize("layout", ["lines", "list", "indented list"])
+def test_a_json_file_holds_lines_or_a_list(tmp_path: Path, name: str, layout: str) -> None:
+    records = [{"text": text, "n": 1} for text in TEXTS]
+    lines = "\n \n" + "".join(json.dumps(record) + "\n" for record in records)
+    content = lines if layout == "lines" else "\n" + json.dumps(records, indent=2 if "indented" in layout else None)
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+    assert list(documents(spec(), tmp_path)) == list(documents(spec(), tmp_path / name)) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{\n  "text": "one"\n}', r"a.json, line 1: not JSON: .*one record per line is expected, or one list .*README.md names"),
+        ('[{"text": "one"}, {"body": "two"}]', r"a.json, record 2: no field 'text'; found \['body'\]"),
+        ('["one"]', "a.json, record 1: no field 'text'; found a str"),
+        ('[{"text": "one"}', "a.json: not JSON"),
+        ('{"text": "one"}\n{"body": "two"}', r"a.json, line 2: no field 'text'; found \['body'\]"),
+    ],
+)
+def test_what_is_wrong_with_a_json_file_is_told(tmp_path: Path, content: str, told: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(CorpusError, match=told):
+        list(documents(spec(), tmp_path))
+
+
 def test_texts_of_the_entry_itself() -> None:
     own = Corpus(name="own", kind="text", texts=("one", "two", "three"))
     assert list(documents(own, None)) == ["one", "two", "three"]

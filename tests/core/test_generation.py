@@ -1,6 +1,8 @@
 """Generation: what batching, padding, seeds, adapters and stop tokens may and may not change."""
 
+import copy
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from diffing_core.demo.models import new_model
 from diffing_core.demo.tiers import ModelSize
 from diffing_core.demo.tokenizer import train_tokenizer
 from diffing_core.errors import NotComputableError
-from diffing_core.generation import Prompt, Sampling, can_chat, generate
+from diffing_core.generation import Prompt, Sampling, can_chat, encode, generate
 from diffing_core.models import Subject
 
 TEXTS = [f"the quick brown fox jumps over the lazy dog number {i} and {7 * i} friends" for i in range(60)]
@@ -212,6 +214,15 @@ def test_system_prompt_and_thinking_reach_the_template(subject, tokenizer):
     assert options["enable_thinking"] is False
     assert options["add_generation_prompt"] is True
     assert "enable_thinking" not in others
+
+
+def test_options_of_the_entry_reach_the_template_and_todays_date_is_refused(subject, tokenizer):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }} fox"
+    with pytest.raises(NotComputableError, match="prints today's date.*template_options"):
+        texts(subject, dated, [Prompt("Hi")], GREEDY)
+    pinned = replace(subject, template_options={"date_string": "the lazy"})
+    assert encode(Prompt("Hi"), dated, pinned) == tokenizer("the lazy fox", add_special_tokens=False)["input_ids"]
 
 
 def test_system_prompt_changes_the_draws(subject, tokenizer):

@@ -434,7 +434,7 @@ def test_entries_of_one_tokenizer_keep_their_own_chat_template(made):
     assert [pair.tokenizer.chat_template for pair in pairs] == ["one", "two", None]
 
 
-@pytest.mark.parametrize("field", [{"chat_template": "hello"}, {"end_of_turn": "w5"}])
+@pytest.mark.parametrize("field", [{"chat_template": "hello"}, {"end_of_turn": "w5"}, {"template_options": {"date_string": "1 May 2024"}}])
 def test_what_the_entry_says_of_chats_is_part_of_the_identity(made, field):
     plain, said = (registry_of(made, each, default=lora(made / "a")) for each in ({}, field))
     pair = load_pair(Pair("tiny", "o"), registry=said)

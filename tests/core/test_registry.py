@@ -184,6 +184,7 @@ def test_unknown_names_come_with_close_ones(root, ask, expected):
         ("corpora/news.yaml", "source: {path: texts/news.jsonl}", "", "a corpus has source or texts, but neither is"),
         ("corpora/news.yaml", "kind: chat", "kind: chat\ntexts: [a]", "a corpus has source or texts, but both are given"),
         ("corpora/news.yaml", CORPUS, "name: news\nkind: chat\ntexts: [a b]", "texts are plain texts without subsets"),
+        ("models/mini.yaml", "dtype:", "template_options: {enable_thinking: false}\ndtype:", "write thinking: false"),
         ("models/mini.yaml", "dtype:", "parameters: 3\ndtype:", "parameters: unknown key"),
         ("models/mini.yaml", "[0, 0.5]", "[]", "no layer at all; leave the line out to read every layer"),
         ("organisms/cake.yaml", "dilution: 0.5", "dtype: float32", "kind lora runs in the number format of the base: set"),
