@@ -55,8 +55,8 @@ class PairedRows:
         """δ = tuned − base, float32: subtracted after the cast."""
         return self.tuned_ND.float() - self.base_ND.float()
 
-    def take(self, rows: np.ndarray) -> Self:
-        """The rows of these numbers, in their order."""
+    def take(self, rows: np.ndarray | slice) -> Self:
+        """The rows of these numbers, in their order; a stretch of them is not copied."""
         return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})
 
 

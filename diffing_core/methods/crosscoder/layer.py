@@ -15,7 +15,7 @@ from diffing_core.methods.crosscoder.checkpoint import WEIGHTS
 from diffing_core.methods.crosscoder.declaration import CAUSAL, EXAMPLES, FITS, LATENTS, STEERING, TOKENS, TRAINING
 from diffing_core.methods.crosscoder.fitting import Fitted, fit, selection
 from diffing_core.methods.crosscoder.latents import SPECIFIC, latent_table
-from diffing_core.methods.crosscoder.reading import Reading
+from diffing_core.methods.crosscoder.reading import PARTS, STREAMS, Reading
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 from diffing_core.models import ModelPair
 from diffing_core.steering import steering_table
@@ -83,16 +83,15 @@ class Layer:
 
     def _fit_table(self) -> pa.Table:
         crosscoder, plan, seen = self._fitted.crosscoder, self._fitted.plan, self._seen
+        found = seen.explained
         active = {"fit": seen.fit_active_F, "held_out": seen.held_out_active_F}
         rows = [
             {
                 "layer": self._layer,
                 "part": part,
-                "n_tokens": found.n_tokens,
-                "fvu_base": found.fvu("base"),
-                "fvu_tuned": found.fvu("tuned"),
-                "fvu_difference": found.fvu("difference"),
-                "l0": found.n_active / found.n_tokens if found.n_tokens else None,
+                "n_tokens": int(found.n_tokens_P[number]),
+                **{f"fvu_{stream}": found.fvu(stream, number) for stream in STREAMS},
+                "l0": float(found.n_active_P[number] / found.n_tokens_P[number]) if found.n_tokens_P[number] else None,
                 "dead_share": float((active[part] == 0).double().mean()),
                 "n_latents": crosscoder.n_latents,
                 "k": float(plan.k),
@@ -102,7 +101,7 @@ class Layer:
                 "n_steps": plan.steps,
                 "file": self._file,
             }
-            for part, found in seen.fits.items()
+            for number, part in enumerate(PARTS)
         ]
         return FITS.table({name: [row[name] for row in rows] for name in FITS.schema.names})
 

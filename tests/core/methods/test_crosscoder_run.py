@@ -28,7 +28,7 @@ from diffing_core.methods.crosscoder.causal import Condition, Read, causal_effec
 from diffing_core.methods.crosscoder.data import Batches, Outliers, Sample
 from diffing_core.methods.crosscoder.model import Crosscoder
 from diffing_core.methods.crosscoder.partition import Partition
-from diffing_core.methods.crosscoder.reading import Fit, Reading, by_block, whole_sequences
+from diffing_core.methods.crosscoder.reading import PARTS, Explained, Reading, by_block, whole_sequences
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 from diffing_core.models import ModelPair, Subject
 from diffing_core.paired_pass import paired_pass
@@ -105,7 +105,11 @@ def test_latents_are_counted_as_a_plain_loop_counts_them(made: tuple[ModelPair, 
     assert found.n_tokens == len(rows) == place.context.corpus.n_tokens and found.n_sequences == 40
     assert found.n_active_F.tolist() == (code_NF > 0).sum(0).tolist()
     assert found.held_out_active_F.tolist() == (code_NF[held_out_N] > 0).sum(0).tolist()
-    assert found.fits["held_out"].n_tokens == held_out_N.sum() > 0
+    assert found.explained.n_tokens_P[PARTS.index("held_out")] == held_out_N.sum() > 0
+    for part_N, part in ((~held_out_N, "fit"), (held_out_N, "held_out")):
+        activation_ND, rebuilt_ND = rows.tuned_ND[part_N], crosscoder.reconstruct(torch.from_numpy(code_NF[part_N]))[1]
+        expected = (activation_ND - rebuilt_ND).square().sum() / (activation_ND - activation_ND.mean(0)).square().sum()
+        assert found.explained.fvu("tuned", PARTS.index(part)) == pytest.approx(float(expected), rel=1e-4)
     assert found.maximum_F.tolist() == pytest.approx(code_NF.max(0).tolist(), rel=1e-5)
     active = [len(np.unique(sequence_N[code_N > 0])) for code_N in code_NF.T]
     assert found.sequences_F.tolist() == active
@@ -116,15 +120,17 @@ def test_fit_of_the_mean_is_one_and_of_the_truth_is_zero() -> None:
     pair = tuple(5 + torch.randn(100, 4, generator=draw) for _ in range(2))
     shift = (torch.full((4,), 3.0), torch.full((4,), 2.0))
     for errors, expected in ((pair, 1.0), (tuple(torch.zeros(100, 4) for _ in range(2)), 0.0)):
-        fit = Fit(shift)
+        fit = Explained(shift, 2)
         for rows in (slice(0, 30), slice(30, 100)):
+            n_active_N = np.ones(rows.stop - rows.start, np.int64)
             fit.add(tuple(each[rows] for each in pair), tuple(
                 (each[rows] - whole.mean(0)) if expected else each[rows] for each, whole in zip(errors, pair, strict=True)
-            ), 0)  # fmt: skip
-        assert [fit.fvu(stream) for stream in ("base", "tuned", "difference")] == pytest.approx([expected] * 3, abs=1e-6)
-    same = Fit(shift)
-    same.add((pair[0], pair[0]), (pair[0], pair[0]), 0)
-    assert same.fvu("difference") is None, "nothing to explain where the models agree"
+            ), n_active_N, n_active_N)  # fmt: skip
+        assert [fit.fvu(stream, 1) for stream in ("base", "tuned", "difference")] == pytest.approx([expected] * 3, abs=1e-6)
+        assert fit.fvu("base", 0) is None, "no token was of this part"
+    same = Explained(shift, 1)
+    same.add((pair[0], pair[0]), (pair[0], pair[0]), np.zeros(100), np.zeros(100, np.int64))
+    assert same.fvu("difference", 0) is None, "nothing to explain where the models agree"
 
 
 def test_sequences_stay_whole_and_in_their_block(made: tuple[ModelPair, StoredPair], monkeypatch: pytest.MonkeyPatch) -> None:
