@@ -9,6 +9,7 @@ from diffing_core.pursuit import Pursuit
 from diffing_core.settings import Settings
 
 Encoder = Literal["orthogonal", "plain"]
+Ranking = Literal["energy", "added_energy"]
 
 
 class ItdaSettings(Settings):
@@ -29,6 +30,7 @@ class ItdaSettings(Settings):
     max_atoms: int = Field(4096, ge=1, description="Atoms of the base at most; each later pass may add as many again.")
     max_passes: int = Field(8, ge=1, description="Passes over the base at most.")
     settled_share: float = Field(0.0, ge=0, lt=1, description="A pass that adds at most this share of the atoms is the last.")
+    ranked_by: Ranking = Field("energy", description="New atoms by energy in tuned vectors, or by that less the energy in base ones.")
     cluster_cosine: float = Field(0.7, gt=0, le=1, description="New atoms at least this alike are one cluster.")
     read_atoms: int = Field(30, ge=1, description="Leading new atoms per layer whose tokens are added up.")
     listed_atoms: int = Field(8, ge=1, description="Leading new atoms per layer that are shown one by one.")
