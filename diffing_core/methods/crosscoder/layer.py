@@ -1,5 +1,6 @@
 """One layer: its crosscoder is fitted, read over all tokens, put to the causal test, and written down in tables."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from diffing_core.activation_pairs import StoredPair
 from diffing_core.band_examples import examples_by_band
 from diffing_core.fit_reading import FitReading
 from diffing_core.lens_tables import lens_table
-from diffing_core.methods.crosscoder.causal import Read, causal_effects, conditions
+from diffing_core.methods.crosscoder.causal import Effect, Read, causal_effects, conditions
 from diffing_core.methods.crosscoder.checkpoint import WEIGHTS
 from diffing_core.methods.crosscoder.declaration import CAUSAL, EXAMPLES, FITS, LATENTS, STEERING, TOKENS, TRAINING
 from diffing_core.methods.crosscoder.fitting import Fitted, fit, selection
@@ -19,6 +20,8 @@ from diffing_core.methods.crosscoder.reading import PARTS, STREAMS, Reading
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 from diffing_core.models import ModelPair
 from diffing_core.steering import steering_table
+
+logger = logging.getLogger(__name__)
 
 
 class Layer:
@@ -113,27 +116,29 @@ class Layer:
         settings, sample = self._settings, self._fitted.sample
         alive = np.flatnonzero(~self._latents["is_dead"].to_numpy(zero_copy_only=False))
         tried = conditions(self._sets(), alive, alive, settings.seed)
+        held_out_S = self._reading.held_out_S(settings.held_out_share)
+        if not held_out_S.any():
+            logger.warning("no text is held out at held_out_share=%s: there is no causal test", settings.held_out_share)
+            return CAUSAL.empty()
         tokens = Read(
-            settings.causal_tokens, settings.first_position, sample.outliers, settings.seed, settings.roles, settings.template
+            settings.causal_tokens, settings.first_position, sample.outliers, settings.seed, settings.roles, settings.template, held_out_S
         )
-        effects, n_tokens, n_sequences = causal_effects(self._fitted.crosscoder, self._reading, self._layer, tried, tokens)
+        whole, answers = causal_effects(self._fitted.crosscoder, self._reading, self._layer, tried, tokens)
+        of_answers = answers.effects or [None] * len(tried)
         rows = [
             {
                 "layer": self._layer,
                 "latent_set": condition.name,
                 "action": condition.action,
                 "n_latents": len(condition.latents),
-                "kl_nats": effect.kl_nats,
-                "kl_nats_low": effect.kl_interval.low,
-                "kl_nats_high": effect.kl_interval.high,
-                "kl_share": effect.share,
-                "kl_share_low": effect.share_interval and effect.share_interval.low,
-                "kl_share_high": effect.share_interval and effect.share_interval.high,
-                "reconstruction_kl_nats": effects[-1].kl_nats,
-                "n_tokens": n_tokens,
-                "n_sequences": n_sequences,
+                **_effect_columns("", effect),
+                **_effect_columns("answer_", of_answer),
+                "reconstruction_kl_nats": whole.effects[-1].kl_nats,
+                "n_tokens": whole.n_tokens,
+                "n_answer_tokens": answers.n_tokens,
+                "n_sequences": whole.n_sequences,
             }
-            for condition, effect in zip(tried[:-1], effects[:-1], strict=True)
+            for condition, effect, of_answer in zip(tried[:-1], whole.effects[:-1], of_answers[:-1], strict=True)
         ]
         return CAUSAL.table({name: [row[name] for row in rows] for name in CAUSAL.schema.names})
 
@@ -151,3 +156,15 @@ class Layer:
             "listed": np.sort(self._listed()),
         }
         return {name: latents for name, latents in sets.items() if len(latents)}
+
+
+def _effect_columns(prefix: str, effect: Effect | None) -> dict[str, float | None]:
+    share = effect and effect.share_interval
+    return {
+        f"{prefix}kl_nats": effect and effect.kl_nats,
+        f"{prefix}kl_nats_low": effect and effect.kl_interval.low,
+        f"{prefix}kl_nats_high": effect and effect.kl_interval.high,
+        f"{prefix}kl_share": effect and effect.share,
+        f"{prefix}kl_share_low": share and share.low,
+        f"{prefix}kl_share_high": share and share.high,
+    }

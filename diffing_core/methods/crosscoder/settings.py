@@ -59,7 +59,7 @@ class CrosscoderSettings(SteeringSettings):
     per_band: int = Field(3, ge=1, description="Example sequences per latent and band.")
     top_tokens: int = Field(20, ge=1, description="Tokens listed per latent, head and direction.")
     min_probability: float = Field(1e-8, ge=0, le=1, description="Mean probability that lets a token be listed which the corpus lacks.")
-    causal_tokens: int = Field(2048, ge=1, description="Probe tokens on which sets of latents are patched.")
+    causal_tokens: int = Field(2048, ge=1, description="Tokens of held-out texts on which sets of latents are patched, at most.")
     causal_share: float = Field(0.25, gt=0, le=0.5, description="Of the latents that Latent Scaling ranks, in the sets of both ends.")
     shown: int = Field(40, ge=1, description="Tokens shown as findings.")
     shown_texts: int = Field(5, ge=0, description="Texts shown after them.")

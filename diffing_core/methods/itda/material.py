@@ -18,7 +18,7 @@ from diffing_core.fit_reading import FitReading
 from diffing_core.itda_dictionary import Staged, usable
 from diffing_core.lazy import torch
 from diffing_core.methods.itda.settings import ItdaSettings
-from diffing_core.sampling import position_hash, sampled
+from diffing_core.sampling import position_hash
 
 ORDER = 1  # seed of the hash by which tokens are chosen
 
@@ -76,7 +76,7 @@ class Chosen:
         """Raises NotComputableError if no text is held out."""
         self._reading, self._special, self._settings = reading, special, settings
         share = settings.held_out_share
-        self._is_held_out_S = np.concatenate([_held_out(len(corpus.sequences), share) for corpus in stored.corpora])
+        self._is_held_out_S = reading.held_out_S(share)
         documents = np.flatnonzero(self._is_held_out_S)
         if not len(documents):
             raise NotComputableError(
@@ -125,11 +125,6 @@ class Chosen:
         device = self._reading.context.tuned.device
         rows = PairedRows(**vars(rows) | {side: getattr(rows, side).float().to(device) for side in ("base_ND", "tuned_ND")})
         return Material(rows, self._reading.sequence_N(rows), n_left_out)
-
-
-def _held_out(n_documents: int, share: float) -> np.ndarray:
-    """Which of a corpus's texts are held out, bool [S]: those that `Selection` holds out."""
-    return sampled(np.arange(n_documents), np.zeros(n_documents, np.int64), share)
 
 
 def _until(documents: Sequence[int], reading: FitReading, n_tokens: int) -> list[int]:

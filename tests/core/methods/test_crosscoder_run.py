@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,8 @@ def test_causal_effects_equal_those_of_a_forward_from_the_patched_stream(made: t
     some = np.asarray([3, 7])
     tried = [Condition("none", "add", some[:0]), Condition("s", "add", some), Condition("s", "remove", some)]
     tokens = Read(10**6, 0, Outliers((np.inf, np.inf)), 0)
-    found, n_tokens, n_sequences = causal_effects(crosscoder, reading, layer, tried, tokens)
+    (found, n_tokens, n_sequences), answers = causal_effects(crosscoder, reading, layer, tried, tokens)
+    assert answers == ([], 0, 0), "no token is of an answer"
     assert (n_tokens, n_sequences) == (reading.context.corpus.n_tokens, 40)
     base_FD, tuned_FD = crosscoder.directions()
     totals = np.zeros(3)
@@ -226,12 +228,56 @@ def test_a_reconstruction_without_error_takes_all_the_divergence_away(made: tupl
     )  # fmt: skip
     everything = np.arange(4 * WIDTH)
     tried = conditions({}, everything, everything, 0)
-    found, *_ = causal_effects(identity, FitReading(pair, stored), 1, tried, Read(60, 0, Outliers((np.inf, np.inf)), 0))
-    by_name = {(condition.name, condition.action): effect for condition, effect in zip(tried, found, strict=True)}
+    found, _ = causal_effects(identity, FitReading(pair, stored), 1, tried, Read(60, 0, Outliers((np.inf, np.inf)), 0))
+    by_name = {(condition.name, condition.action): effect for condition, effect in zip(tried, found.effects, strict=True)}
     assert by_name["none", "add"].kl_nats > 0.001
     for key in (("all", "add"), ("all and biases", "add"), ("reconstruction", "replace")):
         assert by_name[key].kl_nats < 1e-5 and by_name[key].share > 0.99, key
     assert by_name["all", "remove"].share == pytest.approx(1.0, rel=1e-3)
+    assert by_name["error only", "add"].share == pytest.approx(0.0, abs=1e-3), "nothing is left unexplained"
+
+
+def test_without_latents_the_error_is_the_whole_difference(made: tuple[ModelPair, StoredPair]) -> None:
+    pair, stored = made
+    silent = some_crosscoder()
+    silent.threshold = float("inf")
+    silent.decoder_bias_MD = [torch.zeros(WIDTH), torch.zeros(WIDTH)]
+    nothing = np.arange(0)
+    tried = conditions({}, nothing, nothing, 0)
+    found, _ = causal_effects(silent, FitReading(pair, stored), 1, tried, Read(60, 0, Outliers((np.inf, np.inf)), 0))
+    by_name = {condition.name: effect for condition, effect in zip(tried, found.effects, strict=True)}
+    assert by_name["none"].kl_nats > 0.001
+    assert by_name["error only"].kl_nats < 1e-6 and by_name["error only"].share > 0.999
+    assert by_name["all and biases"].share == pytest.approx(0.0, abs=1e-6)
+
+
+def test_answers_are_averaged_by_themselves(made: tuple[ModelPair, StoredPair]) -> None:
+    """All tokens of one text are of an answer, none of the others': its mean is that text's."""
+    pair, stored = made
+    reading, crosscoder = FitReading(pair, stored), some_crosscoder()
+    plain = reading.context.corpus
+    answering = replace(plain.sequences[3], role_T=np.full(len(plain.sequences[3]), ROLES.index("assistant"), np.int8))
+    object.__setattr__(reading.context, "corpus", replace(plain, sequences=(*plain.sequences[:3], answering, *plain.sequences[4:])))
+    tried = conditions({}, np.arange(0), np.arange(0), 0)
+    tokens = Read(10**6, 0, Outliers((np.inf, np.inf)), 0)
+    whole, answers = causal_effects(crosscoder, reading, 1, tried, tokens)
+    assert (answers.n_tokens, answers.n_sequences) == (len(answering), 1) and whole.n_sequences == 40
+    alone_S = np.arange(40) == 3
+    alone, _ = causal_effects(crosscoder, reading, 1, tried, tokens._replace(held_out_S=alone_S))
+    assert alone.n_sequences == 1
+    for in_answers, by_itself in zip(answers.effects, alone.effects, strict=True):
+        assert in_answers.kl_nats == pytest.approx(by_itself.kl_nats, rel=1e-4, abs=1e-7)
+
+
+def test_the_causal_test_reads_what_was_not_trained_on(made: tuple[ModelPair, StoredPair]) -> None:
+    pair, stored = made
+    reading = FitReading(pair, stored)
+    held_out_S = reading.held_out_S(0.3)
+    rows = joined(list(stored.at(1).of(Selection(part="held_out", held_out_share=0.3)).blocks()))
+    assert np.unique(reading.sequence_N(rows)).tolist() == np.flatnonzero(held_out_S).tolist()
+    tokens = Read(10**6, 0, Outliers((np.inf, np.inf)), 0, held_out_S=held_out_S)
+    read = [len(batch.sequences) for batch, *_ in tokens.batches(reading.context.corpus)]
+    assert 0 < sum(read) == held_out_S.sum() < 40
 
 
 def test_controls_are_as_large_as_their_set_and_share_nothing_with_it() -> None:
@@ -373,9 +419,9 @@ def test_roles_and_template_choose_what_is_read_and_encoded(made: tuple[ModelPai
     role_T, template_T = np.asarray([0, user, user, user, 0], np.int8), np.asarray([0, 0, 0, 1, 1], bool)
     text = ProbeCorpus("chat", (ProbeSequence(np.arange(5, dtype=np.int32), role_T, template_T),), 1)
     everything = Outliers((np.inf, np.inf))
-    [(_, read_N)] = Read(5, 2, everything, 0, settings.roles, settings.template).batches(text)
-    [(_, default_N)] = Read(5, 2, everything, 0).batches(text)
-    assert read_N.tolist() == [False, False, True, False, False]
+    [(_, read_N, answer_N)] = Read(5, 2, everything, 0, settings.roles, settings.template).batches(text)
+    [(_, default_N, _)] = Read(5, 2, everything, 0).batches(text)
+    assert read_N.tolist() == [False, False, True, False, False] and not answer_N.any()
     assert default_N.tolist() == [False, False, True, True, True]
 
 
