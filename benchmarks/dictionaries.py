@@ -153,15 +153,13 @@ def _encoded(crosscoder: Any, rows: _Rows) -> None:
 
 
 def _read(crosscoder: Any, rows: _Rows) -> None:
-    import numpy as np
     import torch
 
     from diffing_core.activation_pairs import Selection
-    from diffing_core.methods.crosscoder.data import Outliers
     from diffing_core.methods.crosscoder.reading import Reading
 
     mean_MD = (torch.zeros(WIDTH), torch.zeros(WIDTH))
-    Reading.of(crosscoder, rows, Selection(part="held_out"), Outliers((np.inf, np.inf)), rows, mean_MD)  # type: ignore[arg-type]
+    Reading.of(crosscoder, rows, Selection(part="held_out"), rows, mean_MD)  # type: ignore[arg-type]
 
 
 def _looped(code_NF: Any, targets: dict[str, Any], directions: dict[str, Any]) -> list[float]:

@@ -169,11 +169,11 @@ def test_no_pass_exceeds_its_cap() -> None:
     assert len(found.null_token_I) == 100 and len(found.added_token_I) == 100
 
 
-def test_pads_bos_and_outlier_norms_never_become_atoms() -> None:
+def test_pads_bos_and_tokens_without_direction_never_become_atoms() -> None:
     token_N = np.array([1, 5, 6, 7, 0, 8, 9])
     norms_SN = np.array([[80.0, 1.0, 1.1, 0.9, 1.0, 1.0, 1.2], [80.0, 1.0, 1.1, 30.0, 1.0, 0.0, 1.2]])
-    assert usable(token_N, norms_SN, (0, 1), 10.0).tolist() == [False, True, True, False, False, False, True]
-    assert usable(np.array([0, 0]), np.ones((2, 2)), (0,), 10.0).tolist() == [False, False]
+    assert usable(token_N, norms_SN, (0, 1)).tolist() == [False, True, True, True, False, False, True]
+    assert usable(np.array([0, 0]), np.ones((2, 2)), (0,)).tolist() == [False, False]
 
 
 def test_jaccard_closed_forms() -> None:

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffing_core.activation_pairs import Outliers
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence, TokenBatch
 from diffing_core.fit_reading import TOKENS_PER_BATCH, FitReading
 from diffing_core.interventions import edited_residual
 from diffing_core.lazy import torch
-from diffing_core.methods.crosscoder.data import Outliers
 from diffing_core.methods.crosscoder.model import Crosscoder
 from diffing_core.sampling import position_hash
 from diffing_core.stats import LEVEL, Interval
@@ -115,7 +115,7 @@ class Read(NamedTuple):
 
     n_tokens: int
     first_position: int
-    outliers: Outliers
+    outliers: Outliers | None
     seed: int
     roles: tuple[str, ...] | None = None
     template: bool = True
@@ -149,13 +149,13 @@ def _answers(sequences: list[ProbeSequence]) -> np.ndarray:
 
 def _patched(
     crosscoder: Crosscoder, reading: FitReading, layer: int, tried: Sequence[Condition], batch: TokenBatch, read_N: np.ndarray,
-    outliers: Outliers,
+    outliers: Outliers | None,
 ) -> tuple[list[np.ndarray], np.ndarray]:  # fmt: skip
     """KL(p_tuned ‖ p_patched) of every condition at the valid tokens, and their rows in the batch."""
     context = reading.context
     base_ND, tuned_ND = (capture_residuals(side, batch, (layer,))[layer] for side in (context.base, context.tuned))
     row_N = np.nonzero(batch.mask_BT)[0]
-    for state_ND, most in zip((base_ND, tuned_ND), outliers.most_M, strict=True):
+    for state_ND, most in zip((base_ND, tuned_ND), outliers.most_M if outliers else (np.inf, np.inf), strict=True):
         read_N = read_N & (state_ND.float().norm(dim=1) <= most).cpu().numpy()
     read_N1 = torch.from_numpy(read_N).to(base_ND.device)[:, None]
     pair = [state_ND.to(crosscoder.bias_F.device) for state_ND in (base_ND, tuned_ND)]

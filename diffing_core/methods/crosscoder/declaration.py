@@ -35,6 +35,7 @@ FITS = TableSpec(
         LAYER,
         Column("part", "string", "fit, or held_out: whole sequences that were not trained on.", role="key"),
         Column("n_tokens", "int64", "Tokens read.", role="count", low=0),
+        Column("n_outliers", "int64", "Rows left out for their norms, of both parts together.", role="count", low=0),
         Column("fvu_base", "float64", "Fraction of variance unexplained; null where there is no variance.", nullable=True, low=0),
         Column("fvu_tuned", "float64", "The same of the tuned model's.", nullable=True, low=0),
         Column("fvu_difference", "float64", "The same of δ.", nullable=True, low=0),

@@ -14,7 +14,7 @@ from diffing_core.lens_tables import lens_table
 from diffing_core.methods.crosscoder.causal import Effect, Read, causal_effects, conditions
 from diffing_core.methods.crosscoder.checkpoint import WEIGHTS
 from diffing_core.methods.crosscoder.declaration import CAUSAL, EXAMPLES, FITS, LATENTS, STEERING, TOKENS, TRAINING
-from diffing_core.methods.crosscoder.fitting import Fitted, fit, selection
+from diffing_core.methods.crosscoder.fitting import Fitted, fit
 from diffing_core.methods.crosscoder.latents import SPECIFIC, latent_table
 from diffing_core.methods.crosscoder.reading import PARTS, STREAMS, Reading
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
@@ -31,15 +31,13 @@ class Layer:
         self, layer: int, stored: StoredPair, pair: ModelPair, reading: FitReading, settings: CrosscoderSettings, folder: Path
     ) -> None:
         self._layer, self._reading, self._settings, self._pair = layer, reading, settings, pair
-        self._activations = stored.at(layer)
+        self._rows = settings.rows(stored.at(layer), settings.held_out_share)
         self._file = f"layer{layer}/{WEIGHTS}"
-        self._fitted: Fitted = fit(self._activations, settings, folder / f"layer{layer}", pair.tuned.device)
-        self._rows = self._activations.of(selection(settings, "all"))
+        self._fitted: Fitted = fit(self._rows, settings, folder / f"layer{layer}", pair.tuned.device)
         self._seen = Reading.of(
             self._fitted.crosscoder,
             self._rows,
-            selection(settings, "held_out"),
-            self._fitted.sample.outliers,
+            settings.selection("held_out", settings.held_out_share),
             reading,
             self._fitted.sample.mean_MD,
         )
@@ -80,13 +78,11 @@ class Layer:
         """The rows that were read, and the code of these latents, [G, N]."""
         some = self._fitted.crosscoder.only(latents)
         for rows in self._rows.blocks() if len(latents) else ():
-            rows = self._fitted.sample.outliers.kept(rows)
-            if len(rows):
-                yield rows, some.encode((rows.base_ND, rows.tuned_ND)).T.cpu().numpy()
+            yield rows, some.encode((rows.base_ND, rows.tuned_ND)).T.cpu().numpy()
 
     def _fit_table(self) -> pa.Table:
         crosscoder, plan, seen = self._fitted.crosscoder, self._fitted.plan, self._seen
-        found = seen.explained
+        found, n_outliers = seen.explained, self._rows.count() - seen.n_tokens
         active = {"fit": seen.fit_active_F, "held_out": seen.held_out_active_F}
         rows = [
             {
@@ -96,6 +92,7 @@ class Layer:
                 **{f"fvu_{stream}": found.fvu(stream, number) for stream in STREAMS},
                 "l0": float(found.n_active_P[number] / found.n_tokens_P[number]) if found.n_tokens_P[number] else None,
                 "dead_share": float((active[part] == 0).double().mean()),
+                "n_outliers": n_outliers,
                 "n_latents": crosscoder.n_latents,
                 "k": float(plan.k),
                 "threshold": crosscoder.threshold,
@@ -113,7 +110,7 @@ class Layer:
         return TRAINING.table({name: [row[name] for row in rows] for name in TRAINING.schema.names})
 
     def _causal_table(self) -> pa.Table:
-        settings, sample = self._settings, self._fitted.sample
+        settings = self._settings
         alive = np.flatnonzero(~self._latents["is_dead"].to_numpy(zero_copy_only=False))
         tried = conditions(self._sets(), alive, alive, settings.seed)
         held_out_S = self._reading.held_out_S(settings.held_out_share)
@@ -121,8 +118,9 @@ class Layer:
             logger.warning("no text is held out at held_out_share=%s: there is no causal test", settings.held_out_share)
             return CAUSAL.empty()
         tokens = Read(
-            settings.causal_tokens, settings.first_position, sample.outliers, settings.seed, settings.roles, settings.template, held_out_S
-        )
+            settings.causal_tokens, settings.first_position, self._rows.selection.outliers, settings.seed, settings.roles,
+            settings.template, held_out_S,
+        )  # fmt: skip
         whole, answers = causal_effects(self._fitted.crosscoder, self._reading, self._layer, tried, tokens)
         of_answers = answers.effects or [None] * len(tried)
         rows = [

@@ -18,7 +18,6 @@ from diffing_core.activation_pairs import PairedActivations, PairedRows, Selecti
 from diffing_core.fit_reading import FitReading
 from diffing_core.latent_scaling import N_BLOCKS, LatentScaling, block_of, permuted_directions, random_directions
 from diffing_core.lazy import torch
-from diffing_core.methods.crosscoder.data import Outliers
 from diffing_core.methods.crosscoder.model import SIDES, Crosscoder
 from diffing_core.sparse_code import SparseCode
 
@@ -87,7 +86,7 @@ class Reading:
 
     @classmethod
     def of(
-        cls, crosscoder: Crosscoder, stored: PairedActivations, held_out: Selection, outliers: Outliers, place: FitReading,
+        cls, crosscoder: Crosscoder, stored: PairedActivations, held_out: Selection, place: FitReading,
         shift_MD: tuple[Any, Any],
     ) -> "Reading":  # fmt: skip
         """Reads the rows of `stored`; those that `held_out` keeps count as held out."""
@@ -104,8 +103,7 @@ class Reading:
                 crosscoder.directions(), crosscoder.decoder_bias_MD, crosscoder.scale_M, strict=True
             )
         ]
-        kept = (outliers.kept(rows) for rows in stored.blocks())
-        for block, rows in by_block(whole_sequences(rows for rows in kept if len(rows)), place):
+        for block, rows in by_block(whole_sequences(stored.blocks()), place):
             found._add(crosscoder, decoders, rows, (held_out.keeps(rows), place.sequence_N(rows)), block)
         return found
 

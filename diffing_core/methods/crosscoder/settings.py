@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffing_core.corpus import ROLES
 from diffing_core.methods.crosscoder.model import Sparsity
 from diffing_core.methods.crosscoder.partition import Kind
 from diffing_core.methods.crosscoder.training import Plan
+from diffing_core.row_settings import RowSettings
 from diffing_core.steering import SteeringSettings
 
 LEAST_BATCHES = 64  # an epoch has so many, or batches of LEAST_ROWS
@@ -22,14 +22,10 @@ SHORT_STEPS = 5000  # a shorter training takes larger steps: 2.6 times larger on
 WARM_UP_SHARE, ANNEALING_SHARE = 0.05, 0.2
 
 
-class CrosscoderSettings(SteeringSettings):
+class CrosscoderSettings(SteeringSettings, RowSettings):
     """Knobs of `crosscoder`."""
 
     layers: tuple[int | float, ...] | None = Field((1.0,), description="Blocks to read; null means all stored ones.")
-    first_position: int = Field(1, ge=0, description="Tokens before it are left out: attention sinks.")
-    roles: tuple[str, ...] | None = Field(None, description=f"Turns that are read, of {', '.join(ROLES)}; null means all.")
-    template: bool = Field(True, description="Whether tokens of the chat template are read too.")
-    outlier_ratio: float = Field(10.0, gt=1, description="Tokens longer than this many times the median are left out.")
     held_out_share: float = Field(0.1, gt=0, lt=1, description="Of the sequences: not trained on, to measure the fit.")
     sparsity: Sparsity = Field("batch_topk", description="batch_topk, or l1.")
     k: float | None = Field(None, gt=0, description="Latents active per token; null: a sixteenth of the width, 100 at most.")

@@ -62,6 +62,7 @@ class LayerResult:
             "layer": self.layer,
             "n_tokens": len(self.material),
             "n_left_out": self.material.n_left_out,
+            "n_outliers": self.material.n_outliers,
             "n_held_out": len(self.held_out),
             "base_atoms": staged.n_base,
             "is_saturated": sizes[-1] - sizes[-2] <= self.settings.settled_share * sizes[-1],

@@ -17,7 +17,8 @@ LAYERS = TableSpec(
     (
         LAYER,
         Column("n_tokens", "int64", "Tokens from which the dictionary was built.", role="count"),
-        Column("n_left_out", "int64", "Chosen tokens that were special or had an outlying norm.", role="count"),
+        Column("n_left_out", "int64", "Chosen tokens that were special or zero.", role="count"),
+        Column("n_outliers", "int64", "Rows left out for their norms before any was chosen.", role="count", low=0),
         Column("n_held_out", "int64", "Held-out tokens that were encoded.", role="count"),
         Column("base_atoms", "int64", "Atoms after all passes over the base.", role="count"),
         Column("is_saturated", "bool", "Whether the last pass over the base added next to nothing."),

@@ -6,18 +6,16 @@ from pydantic import Field
 
 from diffing_core.itda_dictionary import Construction
 from diffing_core.pursuit import Pursuit
-from diffing_core.settings import Settings
+from diffing_core.row_settings import RowSettings
 
 Encoder = Literal["orthogonal", "plain"]
 Ranking = Literal["energy", "added_energy"]
 
 
-class ItdaSettings(Settings):
+class ItdaSettings(RowSettings):
     """Knobs of `itda`."""
 
     layers: tuple[int | float, ...] | None = Field(None, description="Stored blocks to read; none means all that are stored.")
-    first_position: int = Field(1, ge=0, description="Tokens before it are left out of every sequence: attention sinks.")
-    norm_ratio: float = Field(10.0, gt=1, description="Tokens whose norm exceeds this multiple of the median are left out.")
     max_tokens: int = Field(2500, ge=1, description="Tokens, spread over all texts, from which a dictionary is built per layer.")
     held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of the texts that dictionaries never see.")
     held_out_tokens: int = Field(2000, ge=1, description="About as many tokens of whole held-out texts are encoded.")
