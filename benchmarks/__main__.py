@@ -25,6 +25,7 @@ BENCHMARKS = (
     sae.sae_training,
     dictionaries.crosscoder_training,
     dictionaries.latent_scaling,
+    dictionaries.latent_scaling_loop,
 )
 
 

@@ -29,6 +29,7 @@ from diffing_core.settings import short_hash
 from diffing_core.sums import Moments
 
 POOL_ROWS, POOL_BYTES = 2**18, 2**31  # of a pool: whichever is less; bytes of both models' vectors
+CAST_TOGETHER = 8192
 TOKEN = ("sequence_N", "position_N", "token_N")
 FACTS = (*TOKEN, "role_N", "template_N")
 COLUMNS = ("corpus_N", *FACTS, "base_ND", "tuned_ND")
@@ -55,9 +56,26 @@ class PairedRows:
         """δ = tuned − base, float32: subtracted after the cast."""
         return self.tuned_ND.float() - self.base_ND.float()
 
-    def take(self, rows: np.ndarray) -> Self:
-        """The rows of these numbers, in their order."""
+    def take(self, rows: np.ndarray | slice) -> Self:
+        """The rows of these numbers, in their order; a stretch of them is not copied."""
         return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Rows whose norm is above `most_M` in base or tuned (attention sinks): they would take a fit for themselves."""
+
+    most_M: tuple[float, float]
+
+    def are(self, rows: PairedRows) -> np.ndarray:
+        """Which rows are, bool [N]."""
+        base_N, tuned_N = norms(rows.base_ND), norms(rows.tuned_ND)
+        return (base_N > self.most_M[0]) | (tuned_N > self.most_M[1])
+
+
+def norms(vector_ND: Any) -> np.ndarray:
+    """Lengths, float32 [N]; cast piece by piece, since a pool is as large as it may be."""
+    return np.concatenate([part_ND.float().norm(dim=1).numpy() for part_ND in vector_ND.split(CAST_TOGETHER)])
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,7 @@ class Selection:
         template: whether tokens of the chat template are read too.
         part: rows to fit on, held-out rows, or all; whole sequences are held out, chosen by a hash.
         held_out_share: of the sequences.
+        outliers: rows left out for their norms; None leaves out none.
     """
 
     first_position: int = 0
@@ -77,9 +96,15 @@ class Selection:
     template: bool = True
     part: Literal["all", "fit", "held_out"] = "all"
     held_out_share: float = 0.1
+    outliers: Outliers | None = None
+
+    def chooses(self, rows: PairedRows) -> np.ndarray:
+        """Which rows are read, bool [N]."""
+        kept_N = self.keeps(rows)
+        return kept_N if self.outliers is None or not kept_N.any() else kept_N & ~self.outliers.are(rows)
 
     def keeps(self, rows: PairedRows | ActivationBlock) -> np.ndarray:
-        """Bool [N]; vectors are not looked at."""
+        """The same by what is known of each token, bool [N]; vectors are not looked at, so outliers are kept."""
         kept_N = rows.position_N >= self.first_position
         if self.roles is not None:
             kept_N &= np.isin(rows.role_N, [ROLES.index(role) for role in self.roles])
@@ -164,12 +189,24 @@ class PairedActivations:
         return max(1, min(POOL_ROWS, POOL_BYTES // (self.d_model * sum(sizes))))
 
     def count(self) -> int:
-        """How many rows are chosen; read from their facts, no vector is."""
+        """How many rows are chosen, outliers among them; read from their facts, no vector is."""
         return sum(int(self.selection.keeps(facts).sum()) for file in self.files for facts in file.base.facts())
 
     def of(self, selection: Selection) -> "PairedActivations":
         """Other rows of the same files."""
         return PairedActivations(self.files, selection)
+
+    def outliers(self, ratio: float) -> Outliers | None:
+        """Rows above `ratio` times the median norm of a model, taken over one pool of these rows; None without rows."""
+        rows = next(self.shuffled(self.pool_rows, seed=0), None)
+        if rows is None:
+            return None
+        base, tuned = (ratio * float(np.median(norms(each_ND))) for each_ND in (rows.base_ND, rows.tuned_ND))
+        return Outliers((base, tuned))
+
+    def without(self, outliers: Outliers | None) -> "PairedActivations":
+        """These rows less the outliers."""
+        return self.of(replace(self.selection, outliers=outliers))
 
     def blocks(self) -> Iterator[PairedRows]:
         """All chosen rows in stored order, at most ROWS_PER_GROUP at a time, none empty."""
@@ -235,7 +272,7 @@ class PairedActivations:
         """The chosen rows of one chunk: one block, or none."""
         file = self.files[number]
         rows = file.rows(start, min(start + ROWS_PER_GROUP, file.n_rows), number)
-        kept_N = self.selection.keeps(rows)
+        kept_N = self.selection.chooses(rows)
         if kept_N.all():
             return [rows]
         return [rows.take(np.flatnonzero(kept_N))] if kept_N.any() else []

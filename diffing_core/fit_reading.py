@@ -18,7 +18,7 @@ from diffing_core.direction_lens import SAMPLED_TOKENS, DirectionLens
 from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.models import ModelPair
-from diffing_core.sampling import position_hash
+from diffing_core.sampling import position_hash, sampled
 
 TOKENS_PER_BATCH = 1024
 
@@ -71,6 +71,11 @@ class FitReading:
     def sequence_N(self, rows: PairedRows) -> np.ndarray:
         """Number of each row's sequence among all corpora's."""
         return self._first_C[rows.corpus_N] + rows.sequence_N
+
+    def held_out_S(self, share: float) -> np.ndarray:
+        """Which sequences of all corpora are held out, bool [S]: those that `Selection` holds out at this share."""
+        sizes = [len(corpus.sequences) for corpus in self._stored.corpora]
+        return np.concatenate([sampled(np.arange(size), np.zeros(size, np.int64), share) for size in sizes])
 
     @cached_property
     def lens(self) -> DirectionLens:

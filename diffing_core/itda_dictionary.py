@@ -113,16 +113,12 @@ def unit(row_ND: Any) -> Any:
     return torch.nn.functional.normalize(row_ND, dim=1)
 
 
-def usable(token_N: np.ndarray, norms_SN: np.ndarray, special: Sequence[int], norm_ratio: float) -> np.ndarray:
-    """Which tokens may become atoms, bool [N]: none with a special id, or in some model a norm beyond norm_ratio × median.
+def usable(token_N: np.ndarray, norms_SN: np.ndarray, special: Sequence[int]) -> np.ndarray:
+    """Which tokens may become atoms, bool [N]: none with a special id, or without a direction in some model.
 
-    A beginning-of-sequence token, and whatever else a model parks its attention on, has a norm tens of times that of
-    others; its direction says nothing of the text.
+    Tokens of outlying norm (whatever a model parks its attention on) are left out before, when rows are read.
     """
-    kept_N = ~np.isin(token_N, list(special))
-    for norm_N in norms_SN:
-        kept_N &= (norm_N > 0) & (norm_N <= norm_ratio * np.median(norm_N[kept_N]) if kept_N.any() else kept_N)
-    return kept_N
+    return ~np.isin(token_N, list(special)) & (norms_SN > 0).all(0)
 
 
 def grown(start: Dictionary, unit_ND: Any, how: Construction, advance: Advance = _unwatched) -> Dictionary:

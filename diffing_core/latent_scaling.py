@@ -9,12 +9,14 @@ The same target taken from the other model, over it from the model that the dire
 Y = E + f_j d'_j with the error E, follow from E alone: Σ f_j (d_j·Y) = Σ f_j (d_j·E) + (d_j·d'_j) Σ f_j².
 
 All latents, targets and directions in one pass over the tokens: codeᵀ·targets (a product over active entries), and its
-rows' products with the directions. Sums are kept in float64 for each of a few blocks of documents, so that ν has a
-jackknife interval: documents, not tokens, are the sampling unit.
+rows' products with the directions, some latents at a time in room that is used again: what a batch costs beyond its
+active entries is reading each direction once, not fetching new memory of the dictionary's size. Sums are kept in
+float64 for each of a few blocks of documents, so that ν has a jackknife interval: documents, not tokens, are the
+sampling unit.
 
 Reference: https://arxiv.org/abs/2504.02922, section 3. Jackknife: Efron and Tibshirani 1993, ch. 11.
 
-Suffixes: B blocks of documents, N tokens, F latents, T targets, D width.
+Suffixes: B blocks of documents, N tokens, F latents, T targets, K directions, D width.
 """
 
 from collections.abc import Mapping
@@ -30,6 +32,7 @@ from diffing_core.stats import LEVEL
 from diffing_core.sums import float64_device
 
 N_BLOCKS = 20
+VALUES_TOGETHER = 2**23  # of products held at a time
 
 
 def block_of(sequence_N: np.ndarray, n_blocks: int = N_BLOCKS) -> np.ndarray:
@@ -54,22 +57,25 @@ class LatentScaling:
 
     def __init__(self, directions: Mapping[str, Any], targets: tuple[str, ...], n_blocks: int = N_BLOCKS) -> None:
         """`directions`: float32 [F, D] by name; `targets`: names of what will be given to `add`."""
-        first_FD = next(iter(directions.values()))
-        device = float64_device(first_FD.device)
-        shape = n_blocks, len(first_FD)
-        self._directions = dict(directions)
+        self._direction_FKD = torch.stack([direction_FD.float() for direction_FD in directions.values()], dim=1)
+        self._directions = {name: self._direction_FKD[:, place] for place, name in enumerate(directions)}
         self._targets = targets
-        self._dots = {name: torch.zeros(*shape, len(targets), dtype=torch.float64, device=device) for name in directions}
-        self._squares_BF, self._active_BF = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+        n_latents, n_directions, width = self._direction_FKD.shape
+        n_together = min(n_latents, max(1, VALUES_TOGETHER // (len(targets) * width)))
+        self._room_TFD = self._direction_FKD.new_zeros(len(targets), n_together, width)
+        sums = {"dtype": torch.float64, "device": float64_device(self._direction_FKD.device)}
+        self._dots_BFTK = torch.zeros(n_blocks, n_latents, len(targets), n_directions, **sums)
+        self._squares_BF, self._active_BF = (torch.zeros(n_blocks, n_latents, **sums) for _ in range(2))
         self._tokens_B = np.zeros(n_blocks, np.int64)
 
     def add(self, code: SparseCode, targets: Mapping[str, Any], block: int) -> None:
         """Adds N tokens of one block of documents; targets are float32 [N, D]."""
-        for place, target in enumerate(self._targets):
-            product_FD = code.transposed_times(targets[target])
-            for name, direction_FD in self._directions.items():
-                dot_F = torch.linalg.vecdot(product_FD, direction_FD)
-                self._dots[name][block, :, place] += dot_F.to(self._dots[name])
+        for first in range(0, len(self._direction_FKD), self._room_TFD.shape[1]):
+            some_FKD = self._direction_FKD[first : first + self._room_TFD.shape[1]]
+            here, room_TFD = slice(first, first + len(some_FKD)), self._room_TFD[:, : len(some_FKD)]
+            code.transposed_into(room_TFD, [targets[target] for target in self._targets], here)
+            dots_FTK = torch.bmm(room_TFD.transpose(0, 1), some_FKD.transpose(1, 2))
+            self._dots_BFTK[block, here] += dots_FTK.to(self._dots_BFTK)
         self._squares_BF[block] += code.sums(code.value_A.double().square()).to(self._squares_BF)
         self._active_BF[block] += code.sums().to(self._active_BF)
         self._tokens_B[block] += len(code)
@@ -102,7 +108,7 @@ class LatentScaling:
         return jackknifed_ratio(*(self._numerator_BF(target, direction, add) for target, add in (other, own)), self._tokens_B > 0)
 
     def _numerator_BF(self, target: str, direction: str, own_FD: Any | None) -> np.ndarray:
-        dots_BF = self._dots[direction][:, :, self._targets.index(target)]
+        dots_BF = self._dots_BFTK[:, :, self._targets.index(target), list(self._directions).index(direction)]
         if own_FD is not None:
             overlap_F = (self._directions[direction].double() * own_FD.double()).sum(1)
             dots_BF = dots_BF + overlap_F.to(dots_BF) * self._squares_BF

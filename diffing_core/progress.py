@@ -49,9 +49,11 @@ class _Lines:
         self._total, self._unit, self._what = total, unit, what
         self._first = self._done = done
         self._began = self._said = time.monotonic()
+        self._measures: dict[str, float] = {}
 
     def add(self, amount: int, **measures: float) -> None:
         self._done += amount
+        self._measures.update(measures)  # who measures now and then only has them shown whenever a line is due
         now = time.monotonic()
         if now - self._said < LOG_EVERY_S and self._done < self._total:
             return
@@ -59,7 +61,7 @@ class _Lines:
         rate = (self._done - self._first) / max(now - self._began, 1e-9)
         left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "just begun"
         line = f"{self._what}: {self._done} of {self._total} {self._unit}, {rate:.1f} {self._unit}/s, {left}"
-        logger.info("%s", f"{line}; {_told(measures)}" if measures else line)
+        logger.info("%s", f"{line}; {_told(self._measures)}" if self._measures else line)
 
 
 def _told(measures: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ Suffixes: N tokens, F latents, A active entries (token by token), D width.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,9 +36,10 @@ class SparseCode:
             place_A = torch.from_numpy(np.flatnonzero(mask_NF.numpy()))
         else:
             place_A = mask_NF.reshape(-1).nonzero().squeeze(1)
-        start_N1 = torch.zeros(len(code_NF) + 1, dtype=torch.int64, device=code_NF.device)
-        start_N1[1:] = mask_NF.sum(1).cumsum(0)
-        return cls(start_N1, place_A % code_NF.shape[1], code_NF.reshape(-1)[place_A], code_NF.shape[1])
+        n_tokens, n_latents = code_NF.shape
+        first_N1 = torch.arange(n_tokens + 1, device=code_NF.device) * n_latents
+        start_N1 = torch.searchsorted(place_A, first_N1)  # a sum over the mask would read it again, as numbers
+        return cls(start_N1, place_A % n_latents, code_NF.reshape(-1)[place_A], n_latents)
 
     def __len__(self) -> int:
         return len(self.start_N1) - 1
@@ -57,13 +59,23 @@ class SparseCode:
         """Largest value of each latent, [F]; zero where it is silent."""
         return self.value_A.new_zeros(self.n_latents).scatter_reduce_(0, self.latent_A, self.value_A, "amax")
 
-    def times(self, matrix_FD: Any) -> Any:
-        """code · matrix, [N, D]: what a decoder makes of it."""
-        return _product(self.start_N1, self.latent_A, self.value_A, matrix_FD)
+    def times(self, matrix_FD: Any, plus_D: Any | None = None) -> Any:
+        """code · matrix, [N, D], plus a row: what a decoder makes of it."""
+        code_NF = _csr(self.start_N1, self.latent_A, self.value_A, self.n_latents)
+        return code_NF @ matrix_FD if plus_D is None else torch.addmm(plus_D.expand(len(self), -1), code_NF, matrix_FD)
 
     def transposed_times(self, matrix_ND: Any) -> Any:
         """codeᵀ · matrix, [F, D]: for each latent the sum of rows, weighted by its values."""
-        return _product(*self._transposed, matrix_ND)
+        return _csr(*self._transposed, len(self)) @ matrix_ND
+
+    def transposed_into(self, room_XFD: Any, matrices_XND: Sequence[Any], latents: slice) -> None:
+        """codeᵀ · each matrix for a stretch of the latents, written over `room_XFD`: without any new memory of its size."""
+        start_F1, token_A, value_A = self._transposed
+        start_F1 = start_F1[latents.start : latents.stop + 1]
+        entries = slice(int(start_F1[0]), int(start_F1[-1]))
+        code_FN = _csr(start_F1 - start_F1[0], token_A[entries], value_A[entries], len(self))
+        for room_FD, matrix_ND in zip(room_XFD, matrices_XND, strict=True):
+            torch.addmm(room_FD, code_FN, matrix_ND, beta=0, out=room_FD)
 
     @cached_property
     def _transposed(self) -> tuple[Any, Any, Any]:
@@ -74,8 +86,7 @@ class SparseCode:
         return start_F1, self.row_A[order_A], self.value_A[order_A]
 
 
-def _product(start_R1: Any, column_A: Any, value_A: Any, matrix_CD: Any) -> Any:
+def _csr(start_R1: Any, column_A: Any, value_A: Any, n_columns: int) -> Any:
     with warnings.catch_warnings():  # torch calls this layout a beta, once per process
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        shape = (len(start_R1) - 1, len(matrix_CD))
-        return torch.sparse_csr_tensor(start_R1, column_A, value_A, shape, check_invariants=False) @ matrix_CD
+        return torch.sparse_csr_tensor(start_R1, column_A, value_A, (len(start_R1) - 1, n_columns), check_invariants=False)

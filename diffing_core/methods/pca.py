@@ -24,7 +24,6 @@ from pydantic import Field
 
 from diffing_core.activation_pairs import PairedActivations, Selection
 from diffing_core.blocks import pick_layers
-from diffing_core.corpus import ROLES
 from diffing_core.covariance import Covariance, Principal
 from diffing_core.errors import NotComputableError
 from diffing_core.examples import TopExamples, around_peak, examples_spec
@@ -34,6 +33,7 @@ from diffing_core.fit_reading import FitReading
 from diffing_core.lens_tables import lens_spec, lens_table
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.progress import track
+from diffing_core.row_settings import RowSettings
 from diffing_core.steering import SteeringSettings, steering_spec, steering_table
 from diffing_core.tables import Column, TableSpec
 
@@ -43,16 +43,13 @@ ROUNDING = 1e-10  # variance below this share of all is no component
 TOKENS_BEFORE, TOKENS_AFTER = 8, 2  # of a text, shown around the largest coordinate
 
 
-class PcaSettings(SteeringSettings):
+class PcaSettings(SteeringSettings, RowSettings):
     """Knobs of `pca`."""
 
     layers: tuple[int | float, ...] | None = Field(None, description="Blocks to read; none means all that are stored.")
     targets: tuple[Target, ...] = Field(("difference", "base", "tuned"), description="What is decomposed.")
     centred: bool = Field(True, description="Whether the mean is taken off first; else the first component holds it.")
     components: int | None = Field(64, ge=1, description="Components listed; none means as many as the width.")
-    first_position: int = Field(1, ge=0, description="Tokens before it are left out of every sequence: attention sinks.")
-    roles: tuple[str, ...] | None = Field(None, description=f"Turns that are read, of {', '.join(ROLES)}; none means all.")
-    template: bool = Field(True, description="Whether tokens of the chat template are read too.")
     read_components: int = Field(8, ge=1, description="Leading components whose tokens and texts are listed.")
     top_tokens: int = Field(20, ge=1, description="Tokens listed per component, head and sign.")
     min_probability: float = Field(
@@ -85,6 +82,7 @@ FITS = TableSpec(
         TARGET,
         Column("n_layers", "int32", "Blocks of the model."),
         Column("n_tokens", "int64", "Rows decomposed.", role="count"),
+        Column("n_outliers", "int64", "Rows left out for their norms.", role="count", low=0),
         Column("total_variance", "float64", "Σ λ: mean squared distance from μ.", "activation units²", low=0),
         Column("effective_dimension", "float64", "(Σ λ)² / Σ λ²; 0 where nothing varies.", "", low=0),
         Column("relative_variance", "float64", "Σ λ of δ over that of base; null for the other targets.", "", "effect", True, low=0),
@@ -129,6 +127,7 @@ class _Fit:
     principal: Principal
     effective_dimension: float
     skewness_R: np.ndarray | None = None
+    n_outliers: int = 0
 
     @property
     def n_components(self) -> int:
@@ -140,7 +139,6 @@ def run(inputs: Inputs, settings: PcaSettings) -> Tables:
     """Reads the stored activations layer by layer, twice each."""
     pair, stored = inputs[Need.MODELS], inputs[Need.ACTIVATIONS]
     reading = FitReading(pair, stored, settings.min_probability)
-    selection = Selection(settings.first_position, settings.roles, settings.template)
     fits: list[_Fit] = []
     examples: list[pa.Table] = []
     layers = reading.layers(settings.layers)
@@ -149,9 +147,11 @@ def run(inputs: Inputs, settings: PcaSettings) -> Tables:
         raise NotComputableError(f"shown_layers names block(s) {sorted(unread)}, but {list(layers)} are read; choose among these")
     for layer in layers:
         here = stored.at(layer)
-        for fit in _fitted(here.of(selection), layer, pair.base.device, settings):
-            skewness_R, shown = _ends(here, selection, fit, reading, settings)
-            fits.append(replace(fit, skewness_R=skewness_R))
+        rows = settings.rows(here)
+        n_chosen = rows.count()
+        for fit in _fitted(rows, layer, pair.base.device, settings):
+            skewness_R, shown = _ends(here, rows.selection, fit, reading, settings)
+            fits.append(replace(fit, skewness_R=skewness_R, n_outliers=n_chosen - fit.n_tokens))
             examples += shown
     return {
         FITS.name: _fit_table(fits, reading),
@@ -194,7 +194,7 @@ def _ends(
     leading = replace(fit.principal, component_KD=fit.principal.component_KD[:n_read])
     for block in rows.blocks():
         value_NR = leading.coordinates(getattr(block, f"{fit.target}_ND"))
-        value_NR[~selection.keeps(block)] = 0
+        value_NR[~selection.chooses(block)] = 0
         cubes_R += (value_NR.astype(np.float64) ** 3).sum(0)
         if wanted:
             value_GN = np.concatenate([sign * value_NR.T for sign in ENDS.values()])
@@ -217,6 +217,7 @@ def _fit_table(fits: list[_Fit], reading: FitReading) -> pa.Table:
             "target": [fit.target for fit in fits],
             "n_layers": [reading.context.n_layers] * len(fits),
             "n_tokens": [fit.n_tokens for fit in fits],
+            "n_outliers": [fit.n_outliers for fit in fits],
             "total_variance": [fit.principal.total_variance for fit in fits],
             "effective_dimension": [fit.effective_dimension for fit in fits],
             "relative_variance": [
@@ -356,7 +357,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="pca",
-    version="1",
+    version="2",
     kind="fit",
     needs=frozenset({Need.ACTIVATIONS, Need.MODELS}),
     settings=PcaSettings,

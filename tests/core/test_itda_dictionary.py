@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from diffing_core.itda_dictionary import Construction, Dictionary, Staged, grown, jaccard, saturated, staged, unit, usable
+from diffing_core.methods.itda.new_atoms import weights
+from diffing_core.methods.itda.settings import Ranking
 from diffing_core.pursuit import Pursuit
 
 PLAIN, ORTHOGONAL = (Pursuit(6, orthogonal, non_negative=True) for orthogonal in (False, True))
@@ -20,6 +22,11 @@ class Toy(NamedTuple):
     tuned_ND: torch.Tensor
     direction_FD: np.ndarray
     planted_NF: np.ndarray
+
+
+# The text of peers.md §2.13 leaves out how many directions a token has and how strong they are. With two of strengths 0.5 to
+# 1.5 the base saturates at about 750 atoms (plain) and 460 (orthogonal), where the reference had 1,120 to 1,234 and 352 to 438:
+# its world is another one, so its figures bound the kind of result, not its last digit.
 
 
 @cache
@@ -77,6 +84,36 @@ def test_leading_new_atoms_point_at_the_planted_directions_and_published_ones_do
     assert cosine_with_planted(published, made).max(1).mean() < 0.45
 
 
+def top_cosine(seed: int, frequency: float, pursuit: Pursuit, ranked_by: Ranking) -> float:
+    """Mean cosine with the planted set of the eight new atoms that lead, encoded as they were built."""
+    found, made = built(seed, frequency, pursuit), toy(seed, frequency)
+    energy = {}
+    for side, vector_ND in (("base", made.base_ND), ("tuned", made.tuned_ND)):
+        code_NI = pursuit.encode(unit(vector_ND), found.whole.atom_ID).dense(len(found.whole))[:, found.new_I]
+        energy[side] = (code_NI * vector_ND.norm(dim=1, keepdim=True)).double().square().mean(0).numpy()
+    order = np.argsort(-weights(energy["tuned"], energy["base"], ranked_by), kind="stable")
+    return float(cosine_with_planted(found.whole.atom_ID[found.new_I[order[:8]]], made).max(1).mean())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_added_energy_finds_rare_planted_directions_where_energy_finds_what_base_uses_too(seed: int) -> None:
+    """Orthogonal pursuit at 0.5 %: reference 0.74 to 0.76 by usage × energy; here 0.71 to 0.73 by added energy, 0.60 to 0.62 by energy.
+
+    An atom is a whole token: beside the planted direction it has two that base tokens have too, and in the orthogonal
+    code base tokens use it for those. What they use is taken off.
+    """
+    added, energy = (top_cosine(seed, 0.005, ORTHOGONAL, each) for each in ("added_energy", "energy"))
+    assert added >= 0.70
+    assert added > energy + 0.05
+
+
+@pytest.mark.parametrize(("pursuit", "frequency", "least"), [(PLAIN, 0.05, 0.72), (PLAIN, 0.005, 0.65), (ORTHOGONAL, 0.05, 0.75)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_added_energy_is_no_worse_elsewhere(seed: int, pursuit: Pursuit, frequency: float, least: float) -> None:
+    """Reference: 0.72 to 0.85 and 0.65 to 0.78 (plain), 0.80 to 0.81 (orthogonal, frequent: 0.77 to 0.81 here by either weight)."""
+    assert top_cosine(seed, frequency, pursuit, "added_energy") >= least
+
+
 def test_without_saturation_another_base_pass_adds_much() -> None:
     unit_ND = unit(toy(0, 0.05).base_ND)
     once = Construction(PLAIN, 0.95, max_passes=1)
@@ -132,11 +169,11 @@ def test_no_pass_exceeds_its_cap() -> None:
     assert len(found.null_token_I) == 100 and len(found.added_token_I) == 100
 
 
-def test_pads_bos_and_outlier_norms_never_become_atoms() -> None:
+def test_pads_bos_and_tokens_without_direction_never_become_atoms() -> None:
     token_N = np.array([1, 5, 6, 7, 0, 8, 9])
     norms_SN = np.array([[80.0, 1.0, 1.1, 0.9, 1.0, 1.0, 1.2], [80.0, 1.0, 1.1, 30.0, 1.0, 0.0, 1.2]])
-    assert usable(token_N, norms_SN, (0, 1), 10.0).tolist() == [False, True, True, False, False, False, True]
-    assert usable(np.array([0, 0]), np.ones((2, 2)), (0,), 10.0).tolist() == [False, False]
+    assert usable(token_N, norms_SN, (0, 1)).tolist() == [False, True, True, True, False, False, True]
+    assert usable(np.array([0, 0]), np.ones((2, 2)), (0,)).tolist() == [False, False]
 
 
 def test_jaccard_closed_forms() -> None:

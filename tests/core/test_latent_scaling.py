@@ -133,3 +133,19 @@ def test_documents_are_whole_and_spread_over_all_blocks() -> None:
     block_S = block_of(np.arange(2000))
     assert np.array_equal(block_of(np.repeat(np.arange(2000), 3)), np.repeat(block_S, 3))
     assert np.bincount(block_S, minlength=20).min() > 60
+
+
+def test_sums_are_the_same_however_many_latents_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    code_NF, direction_FD, activation_ND = world()
+    directions = {"own": direction_FD, "random": random_directions(direction_FD, 0)}
+    targets = {"raw": activation_ND, "half": 0.5 * activation_ND + 1}
+    at_once = scaling(code_NF, directions, targets)
+    monkeypatch.setattr("diffing_core.latent_scaling.VALUES_TOGETHER", 4 * 2 * D)  # 4 of 6 latents, then 2
+    in_parts = scaling(code_NF, directions, targets)
+    for direction in directions:
+        for target in targets:
+            np.testing.assert_allclose(in_parts.beta(target, direction), at_once.beta(target, direction), rtol=1e-5, atol=1e-7)
+            each = [
+                least_squares(code_NF[:, j], directions[direction][j], targets[target]) for j in range(F)
+            ]
+            np.testing.assert_allclose(in_parts.beta(target, direction), each, rtol=1e-4, atol=1e-6)

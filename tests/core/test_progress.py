@@ -47,6 +47,22 @@ def test_long_work_is_told_with_rate_and_remaining_time(
     ]
 
 
+def test_a_line_shows_the_last_measures_whoever_took_them(
+    said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect: trainings measure every tenth step, and a line that was due at another step said nothing of the loss."""
+    clock = iter([0.0, 4.0, 11.0, 20.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with track(100, "steps", "learning") as done:
+        done(10, loss=0.5, l0=8)
+        done(45)
+        done(45, loss=0.25)
+    assert said.messages == [
+        "learning: 55 of 100 steps, 5.0 steps/s, 9 s left; loss 0.5, l0 8",
+        "learning: 100 of 100 steps, 5.0 steps/s, 0 s left; loss 0.25, l0 8",
+    ]
+
+
 def test_a_terminal_gets_a_bar_and_no_log_line(said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -3,10 +3,12 @@
     add      h = h_base  + Σ_{j∈S} f_j (d_j^tuned − d_j^base)      the base's stream with their contribution
     remove   h = h_tuned − Σ_{j∈S} f_j (d_j^tuned − d_j^base)      the tuned model's own without it
     δ̂        h = h_base  + ĥ_tuned − ĥ_base                        `add` of all latents and of the decoders' biases
+    error    h = h_base  + (h_tuned − ĥ_tuned) − (h_base − ĥ_base)   what no latent explains: δ without δ̂
     ĥ        h = ĥ_tuned                                           what the crosscoder itself loses, for comparison
 
 The tuned model's blocks above the layer run on h, and KL(p_tuned ‖ p_patched) is averaged over the tokens; S empty and
 `add` is the base's stream as it is. Of its KL a set accounts for what adding it takes away, or what removing it brings.
+Only held-out documents are read, and where they have answers the same is also averaged over the answers' tokens alone.
 Intervals are of a bootstrap over documents. Tokens that the crosscoder does not read have no active latent.
 
 Reference: https://arxiv.org/abs/2504.02922, section 3.3.
@@ -20,18 +22,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffing_core.activation_pairs import Outliers
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence, TokenBatch
 from diffing_core.fit_reading import TOKENS_PER_BATCH, FitReading
 from diffing_core.interventions import edited_residual
 from diffing_core.lazy import torch
-from diffing_core.methods.crosscoder.data import Outliers
 from diffing_core.methods.crosscoder.model import Crosscoder
 from diffing_core.sampling import position_hash
 from diffing_core.stats import LEVEL, Interval
 
 RESAMPLES = 2000
-WHOLE = ("all and biases", "reconstruction")
+ERROR = "error only"
+WHOLE = ("all and biases", ERROR, "reconstruction")
+ANSWER = ROLES.index("assistant")
 
 
 class Condition(NamedTuple):
@@ -40,6 +44,14 @@ class Condition(NamedTuple):
     name: str
     action: str
     latents: np.ndarray
+
+
+class Measured(NamedTuple):
+    """The effect of each condition over some of the tokens; none where there is no such token."""
+
+    effects: "list[Effect]"
+    n_tokens: int
+    n_sequences: int
 
 
 class Effect(NamedTuple):
@@ -52,7 +64,7 @@ class Effect(NamedTuple):
 
 
 def conditions(sets: Mapping[str, np.ndarray], candidates: np.ndarray, everything: np.ndarray, seed: int) -> list[Condition]:
-    """All that is tried: nothing, everything, each set, and beside it as many random latents of `candidates` not in it.
+    """All that is tried: nothing, everything, each set, and beside it as many random latents of `candidates` not in it; the error.
 
     The first is `none`, the last the reconstruction.
     """
@@ -64,42 +76,63 @@ def conditions(sets: Mapping[str, np.ndarray], candidates: np.ndarray, everythin
         if name != "all" and len(latents) and len(others):
             control = np.sort(draw.permutation(others)[: len(latents)])
             found += [Condition(f"random as {name}", action, control) for action in ("add", "remove")]
-    return [*found, Condition("all and biases", "add", everything), Condition("reconstruction", "replace", everything)]
+    whole = [Condition("all and biases", "add", everything), Condition(ERROR, "add", everything[:0])]
+    return [*found, *whole, Condition("reconstruction", "replace", everything)]
 
 
 def causal_effects(
     crosscoder: Crosscoder, reading: FitReading, layer: int, tried: Sequence[Condition], tokens: "Read"
-) -> tuple[list[Effect], int, int]:
-    """The effect of each condition, and over how many tokens and sequences it was measured. The first is `none`, `add`."""
-    sums_CS, counts_S = [], []
+) -> tuple[Measured, Measured]:
+    """The effect of each condition over all tokens, and over those of answers. The first is `none`, `add`."""
+    sums_KCS: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    counts_KS: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     with torch.inference_mode():
-        for batch, read_N in tokens.batches(reading.context.corpus):
+        for batch, read_N, answer_N in tokens.batches(reading.context.corpus):
             kl_CN, row_N = _patched(crosscoder, reading, layer, tried, batch, read_N, tokens.outliers)
             n_rows = len(batch.sequences)
-            counts_S.append(np.bincount(row_N, minlength=n_rows))
-            sums_CS.append(np.stack([np.bincount(row_N, kl_N, minlength=n_rows) for kl_N in kl_CN]))
-    sum_CS, count_S = np.concatenate(sums_CS, axis=1), np.concatenate(counts_S)
-    return _effects(tried, sum_CS, count_S, tokens.seed), int(count_S.sum()), len(count_S)
+            for sums_CS, counts_S, weight_N in zip(sums_KCS, counts_KS, (np.ones(len(row_N)), answer_N.astype(float)), strict=True):
+                counts_S.append(np.bincount(row_N, weight_N, n_rows))
+                sums_CS.append(np.stack([np.bincount(row_N, kl_N * weight_N, n_rows) for kl_N in kl_CN]))
+    whole, answers = (
+        _measured(tried, np.concatenate(sums_CS, axis=1), np.concatenate(counts_S), tokens.seed)
+        for sums_CS, counts_S in zip(sums_KCS, counts_KS, strict=True)
+    )
+    return whole, answers
+
+
+def _measured(tried: Sequence[Condition], sum_CS: np.ndarray, count_S: np.ndarray, seed: int) -> Measured:
+    """Of the documents that have any of the tokens."""
+    has_S = count_S > 0
+    effects = _effects(tried, sum_CS[:, has_S], count_S[has_S], seed) if has_S.any() else []
+    return Measured(effects, int(count_S.sum()), int(has_S.sum()))
 
 
 class Read(NamedTuple):
-    """Which tokens: whole sequences from all over the corpora until they hold `n_tokens`; which of them are encoded."""
+    """Which tokens: whole held-out sequences from all over the corpora until they hold `n_tokens`; which of them are encoded.
+
+    `held_out_S` says which sequences of all corpora are held out; without it all are read.
+    """
 
     n_tokens: int
     first_position: int
-    outliers: Outliers
+    outliers: Outliers | None
     seed: int
     roles: tuple[str, ...] | None = None
     template: bool = True
+    held_out_S: np.ndarray | None = None
 
-    def batches(self, corpus: ProbeCorpus) -> Iterator[tuple[TokenBatch, np.ndarray]]:
-        """The sequences, the same in every run; which of their tokens are encoded unless they are outliers, bool [N]."""
+    def batches(self, corpus: ProbeCorpus) -> Iterator[tuple[TokenBatch, np.ndarray, np.ndarray]]:
+        """The sequences, the same in every run; which of their tokens are encoded unless they are outliers, and which are
+        of answers (the assistant's, less the template's), bool [N] both."""
         every = corpus.sequences
         order = np.argsort(position_hash(np.arange(len(every)), np.zeros(len(every), np.int64), self.seed))
+        if self.held_out_S is not None:
+            order = order[self.held_out_S[order]]
         n_tokens = np.cumsum([len(every[index]) for index in order])
         chosen = tuple(every[index] for index in order[: np.searchsorted(n_tokens, self.n_tokens) + 1])
         for batch in replace(corpus, sequences=chosen).batches(TOKENS_PER_BATCH):
-            yield batch, self._encoded([chosen[index] for index in batch.sequences], corpus.skip_first_tokens)
+            sequences = [chosen[index] for index in batch.sequences]
+            yield batch, self._encoded(sequences, corpus.skip_first_tokens), _answers(sequences)
 
     def _encoded(self, sequences: list[ProbeSequence], skipped: int) -> np.ndarray:
         position_N = np.concatenate([np.arange(len(sequence)) for sequence in sequences])
@@ -110,15 +143,19 @@ class Read(NamedTuple):
         return kept_N if self.template else kept_N & ~np.concatenate([sequence.template_T for sequence in sequences])
 
 
+def _answers(sequences: list[ProbeSequence]) -> np.ndarray:
+    return np.concatenate([(sequence.role_T == ANSWER) & ~sequence.template_T for sequence in sequences])
+
+
 def _patched(
     crosscoder: Crosscoder, reading: FitReading, layer: int, tried: Sequence[Condition], batch: TokenBatch, read_N: np.ndarray,
-    outliers: Outliers,
+    outliers: Outliers | None,
 ) -> tuple[list[np.ndarray], np.ndarray]:  # fmt: skip
     """KL(p_tuned ‖ p_patched) of every condition at the valid tokens, and their rows in the batch."""
     context = reading.context
     base_ND, tuned_ND = (capture_residuals(side, batch, (layer,))[layer] for side in (context.base, context.tuned))
     row_N = np.nonzero(batch.mask_BT)[0]
-    for state_ND, most in zip((base_ND, tuned_ND), outliers.most_M, strict=True):
+    for state_ND, most in zip((base_ND, tuned_ND), outliers.most_M if outliers else (np.inf, np.inf), strict=True):
         read_N = read_N & (state_ND.float().norm(dim=1) <= most).cpu().numpy()
     read_N1 = torch.from_numpy(read_N).to(base_ND.device)[:, None]
     pair = [state_ND.to(crosscoder.bias_F.device) for state_ND in (base_ND, tuned_ND)]
@@ -139,6 +176,8 @@ def _patched(
 def _state(crosscoder: Crosscoder, condition: Condition, base_ND: Any, tuned_ND: Any, code_NF: Any) -> Any:
     if condition.name in WHOLE:
         rebuilt_MND = [each_ND.to(tuned_ND) for each_ND in crosscoder.reconstruct(code_NF)]
+        if condition.name == ERROR:
+            return base_ND + ((tuned_ND - rebuilt_MND[1]) - (base_ND - rebuilt_MND[0]))
         return rebuilt_MND[1] if condition.action == "replace" else base_ND + (rebuilt_MND[1] - rebuilt_MND[0])
     chosen = torch.from_numpy(np.asarray(condition.latents, np.int64)).to(code_NF.device)
     base_FD, tuned_FD = crosscoder.directions()

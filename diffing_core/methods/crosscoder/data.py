@@ -1,7 +1,6 @@
 """What a crosscoder is trained on: batches of raw activations of both models, and the statistics that set it up.
 
-Statistics (scale, mean, variance, usual norm) are of one pool of shuffled rows, 2¹⁸ or 2 GiB at most, in float64. Tokens whose
-norm in either model is far above the usual one (attention sinks) are left out: they would take the code for themselves.
+Statistics (scale, mean, variance, usual norm) are of one pool of shuffled rows, 2¹⁸ or 2 GiB at most, in float64.
 
 Suffixes: M models, N tokens, D width.
 """
@@ -12,41 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from diffing_core.activation_pairs import PairedActivations, PairedRows
+from diffing_core.activation_pairs import CAST_TOGETHER, PairedActivations, PairedRows, norms
 from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.settings import short_hash
 from diffing_core.sums import Moments
 
-CAST_TOGETHER = 8192
-
-
-@dataclass(frozen=True)
-class Outliers:
-    """Which tokens are left out: those longer than `most_M` in either model."""
-
-    most_M: tuple[float, float]
-
-    def kept(self, rows: PairedRows) -> PairedRows:
-        """The rows that are read."""
-        fits_N = np.ones(len(rows), bool)
-        for activation_ND, most in zip((rows.base_ND, rows.tuned_ND), self.most_M, strict=True):
-            fits_N &= activation_ND.float().norm(dim=1).numpy() <= most
-        return rows if fits_N.all() else rows.take(np.flatnonzero(fits_N))
-
 
 @dataclass(frozen=True)
 class Sample:
-    """One pool of rows without outliers, and what it says of the activations."""
+    """One pool of rows, and what it says of the activations."""
 
     rows: PairedRows
-    outliers: Outliers
     norm_M: tuple[float, float]
     mean_MD: tuple[Any, Any]
     variance_M: tuple[float, float]
 
     @classmethod
-    def of(cls, activations: PairedActivations, *, seed: int, outlier_ratio: float) -> "Sample":
+    def of(cls, activations: PairedActivations, *, seed: int) -> "Sample":
         """Reads it.
 
         Raises:
@@ -55,15 +37,11 @@ class Sample:
         rows = next(activations.shuffled(activations.pool_rows, seed=seed), None)
         if rows is None or len(rows) < 2:
             raise NotComputableError("fewer than two stored tokens to fit a crosscoder on; probe the pair with more text")
-        usual_M = (np.median(_norms(each_ND)) for each_ND in (rows.base_ND, rows.tuned_ND))
-        outliers = Outliers(tuple(outlier_ratio * float(usual) for usual in usual_M))
-        rows = outliers.kept(rows)
         both = rows.base_ND, rows.tuned_ND
         moments = [_moments(each_ND) for each_ND in both]
         return cls(
             rows,
-            outliers,
-            tuple(float(_norms(each_ND).mean(dtype=np.float64)) for each_ND in both),
+            tuple(float(norms(each_ND).mean(dtype=np.float64)) for each_ND in both),
             tuple(torch.from_numpy(each.mean_D.astype(np.float32)) for each in moments),
             tuple(float(each.variance_D().sum()) for each in moments),
         )
@@ -84,7 +62,6 @@ class Batches:
     """
 
     activations: PairedActivations
-    outliers: Outliers
     batch_rows: int
     seed: int
 
@@ -94,14 +71,7 @@ class Batches:
         for number, rows in enumerate(self.activations.shuffled(self.batch_rows, seed=seed)):
             if number and 2 * len(rows) < self.batch_rows:
                 return
-            rows = self.outliers.kept(rows)
-            if len(rows):
-                yield rows.base_ND, rows.tuned_ND
-
-
-def _norms(activation_ND: Any) -> np.ndarray:
-    """Lengths, float32 [N]; cast piece by piece, since a pool in float64 would be as large as the memory of many machines."""
-    return np.concatenate([part_ND.float().norm(dim=1).numpy() for part_ND in activation_ND.split(CAST_TOGETHER)])
+            yield rows.base_ND, rows.tuned_ND
 
 
 def _moments(activation_ND: Any) -> Moments:

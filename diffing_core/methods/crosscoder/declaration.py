@@ -35,6 +35,7 @@ FITS = TableSpec(
         LAYER,
         Column("part", "string", "fit, or held_out: whole sequences that were not trained on.", role="key"),
         Column("n_tokens", "int64", "Tokens read.", role="count", low=0),
+        Column("n_outliers", "int64", "Rows left out for their norms, of both parts together.", role="count", low=0),
         Column("fvu_base", "float64", "Fraction of variance unexplained; null where there is no variance.", nullable=True, low=0),
         Column("fvu_tuned", "float64", "The same of the tuned model's.", nullable=True, low=0),
         Column("fvu_difference", "float64", "The same of δ.", nullable=True, low=0),
@@ -102,25 +103,38 @@ LATENTS = TableSpec(
         Column("beta_permuted", "float64", "Control: the same along another latent's direction.", nullable=True),
     ),
 )  # fmt: skip
+
+
+def _causal(prefix: str, over: str, nullable: bool) -> tuple[Column, ...]:
+    """KL and share of a condition, with intervals, over some tokens."""
+    doc = f"KL(tuned ‖ tuned model going on from the patched stream), mean over {over}."
+    share = f"Of the KL of the base's whole stream over {over}: what adding the set takes away, or removing it brings."
+    interval = "Bootstrap over documents, 95 %."
+    nats = {"unit": "nats/token", "nullable": nullable, "low": 0}
+    return (
+        Column(f"{prefix}kl_nats", "float64", doc, role="effect", **nats),
+        *(Column(f"{prefix}kl_nats_{end}", "float64", interval, role="effect", **nats) for end in ("low", "high")),
+        Column(f"{prefix}kl_share", "float64", share, nullable=True),
+        *(Column(f"{prefix}kl_share_{end}", "float64", interval, nullable=True) for end in ("low", "high")),
+    )
+
+
 CAUSAL = TableSpec(
     "crosscoder_causal",
-    "KL that exchanging sets of latents leaves or makes: whether those found are those that matter.",
+    "KL that exchanging sets of latents leaves or makes on held-out documents: whether those found are those that matter.",
     ("layer", "latent_set", "action"),
     (
         LAYER,
-        Column("latent_set", "string", "Which latents; `random as X` is a control of X's size.", role="key"),
+        Column("latent_set", "string", "Which latents; `random as X` is a control of X's size; `error only` is what none explains.",
+               role="key"),
         Column("action", "string", "add to the base's stream, or remove from the tuned one's.", role="key"),
         Column("n_latents", "int32", "Latents in the set.", role="count", low=0),
-        Column("kl_nats", "float64", "KL(tuned ‖ tuned model going on from the patched stream), mean.", "nats/token", "effect", low=0),
-        Column("kl_nats_low", "float64", "Bootstrap over documents, 95 %.", "nats/token", "effect", low=0),
-        Column("kl_nats_high", "float64", "Bootstrap over documents, 95 %.", "nats/token", "effect", low=0),
-        Column("kl_share", "float64", "Of the KL of the base's whole stream: what adding the set takes away, or removing it brings.",
-               nullable=True),
-        Column("kl_share_low", "float64", "Bootstrap over documents, 95 %.", nullable=True),
-        Column("kl_share_high", "float64", "Bootstrap over documents, 95 %.", nullable=True),
+        *_causal("", "all tokens", nullable=False),
+        *_causal("answer_", "the answers' tokens; null where no held-out document has any", nullable=True),
         Column("reconstruction_kl_nats", "float64", "The same KL from the crosscoder's reconstruction of the tuned stream.", "nats/token",
                low=0),
         Column("n_tokens", "int64", "Tokens.", role="count", low=0),
+        Column("n_answer_tokens", "int64", "Of them the assistant's, less the chat template's.", role="count", low=0),
         Column("n_sequences", "int32", "Documents.", role="count", low=0),
     ),
 )  # fmt: skip

@@ -1,10 +1,11 @@
 """One crosscoder for one layer: set up from the data, trained or taken up again, given its threshold, and kept on disk."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffing_core.activation_pairs import PairedActivations, Selection
+from diffing_core.activation_pairs import PairedActivations
 from diffing_core.interrupts import held_interrupts
 from diffing_core.methods.crosscoder import checkpoint
 from diffing_core.methods.crosscoder.data import Batches, Sample, pieces
@@ -29,12 +30,12 @@ class Fitted(NamedTuple):
 
 
 def fit(stored: PairedActivations, settings: CrosscoderSettings, folder: Path, device: Any) -> Fitted:
-    """Trains on the rows that are not held out; one that lies finished in the folder is not trained again.
+    """Trains on those of the chosen rows that are not held out; one that lies finished in the folder is not trained again.
 
     Unless it was fitted on other bytes than are stored now.
     """
-    activations = stored.of(selection(settings, "fit"))
-    sample = Sample.of(activations, seed=settings.seed, outlier_ratio=settings.outlier_ratio)
+    activations = stored.of(replace(stored.selection, part="fit"))
+    sample = Sample.of(activations, seed=settings.seed)
     n_tokens = activations.count()
     n_latents = settings.n_latents(stored.d_model, n_tokens)
     plan = settings.plan(stored.d_model, n_latents, n_tokens)
@@ -51,7 +52,7 @@ def fit(stored: PairedActivations, settings: CrosscoderSettings, folder: Path, d
         settings.seed,
     )
     training = Training(start, plan, tuple(v * s**2 for v, s in zip(sample.variance_M, scale_M, strict=True)))
-    batches = Batches(activations, sample.outliers, settings.rows_per_batch(n_tokens), settings.seed)
+    batches = Batches(activations, settings.rows_per_batch(n_tokens), settings.seed)
     checkpoint.resume(training, folder, fingerprint)
     finished = False
     with held_interrupts() as act:
@@ -63,11 +64,6 @@ def fit(stored: PairedActivations, settings: CrosscoderSettings, folder: Path, d
             if training.whole and not finished:
                 checkpoint.keep(training, folder, fingerprint)
     return Fitted(training.crosscoder, sample, plan, training.log)
-
-
-def selection(settings: CrosscoderSettings, part: str) -> Selection:
-    """Rows of one part: fit, held_out or all."""
-    return Selection(settings.first_position, settings.roles, settings.template, part, settings.held_out_share)
 
 
 def trained(

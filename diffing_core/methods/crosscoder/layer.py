@@ -1,5 +1,6 @@
 """One layer: its crosscoder is fitted, read over all tokens, put to the causal test, and written down in tables."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ from diffing_core.activation_pairs import StoredPair
 from diffing_core.band_examples import examples_by_band
 from diffing_core.fit_reading import FitReading
 from diffing_core.lens_tables import lens_table
-from diffing_core.methods.crosscoder.causal import Read, causal_effects, conditions
+from diffing_core.methods.crosscoder.causal import Effect, Read, causal_effects, conditions
 from diffing_core.methods.crosscoder.checkpoint import WEIGHTS
 from diffing_core.methods.crosscoder.declaration import CAUSAL, EXAMPLES, FITS, LATENTS, STEERING, TOKENS, TRAINING
-from diffing_core.methods.crosscoder.fitting import Fitted, fit, selection
+from diffing_core.methods.crosscoder.fitting import Fitted, fit
 from diffing_core.methods.crosscoder.latents import SPECIFIC, latent_table
-from diffing_core.methods.crosscoder.reading import Reading
+from diffing_core.methods.crosscoder.reading import PARTS, STREAMS, Reading
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 from diffing_core.models import ModelPair
 from diffing_core.steering import steering_table
+
+logger = logging.getLogger(__name__)
 
 
 class Layer:
@@ -28,15 +31,13 @@ class Layer:
         self, layer: int, stored: StoredPair, pair: ModelPair, reading: FitReading, settings: CrosscoderSettings, folder: Path
     ) -> None:
         self._layer, self._reading, self._settings, self._pair = layer, reading, settings, pair
-        self._activations = stored.at(layer)
+        self._rows = settings.rows(stored.at(layer), settings.held_out_share)
         self._file = f"layer{layer}/{WEIGHTS}"
-        self._fitted: Fitted = fit(self._activations, settings, folder / f"layer{layer}", pair.tuned.device)
-        self._rows = self._activations.of(selection(settings, "all"))
+        self._fitted: Fitted = fit(self._rows, settings, folder / f"layer{layer}", pair.tuned.device)
         self._seen = Reading.of(
             self._fitted.crosscoder,
             self._rows,
-            selection(settings, "held_out"),
-            self._fitted.sample.outliers,
+            settings.selection("held_out", settings.held_out_share),
             reading,
             self._fitted.sample.mean_MD,
         )
@@ -77,23 +78,21 @@ class Layer:
         """The rows that were read, and the code of these latents, [G, N]."""
         some = self._fitted.crosscoder.only(latents)
         for rows in self._rows.blocks() if len(latents) else ():
-            rows = self._fitted.sample.outliers.kept(rows)
-            if len(rows):
-                yield rows, some.encode((rows.base_ND, rows.tuned_ND)).T.cpu().numpy()
+            yield rows, some.encode((rows.base_ND, rows.tuned_ND)).T.cpu().numpy()
 
     def _fit_table(self) -> pa.Table:
         crosscoder, plan, seen = self._fitted.crosscoder, self._fitted.plan, self._seen
+        found, n_outliers = seen.explained, self._rows.count() - seen.n_tokens
         active = {"fit": seen.fit_active_F, "held_out": seen.held_out_active_F}
         rows = [
             {
                 "layer": self._layer,
                 "part": part,
-                "n_tokens": found.n_tokens,
-                "fvu_base": found.fvu("base"),
-                "fvu_tuned": found.fvu("tuned"),
-                "fvu_difference": found.fvu("difference"),
-                "l0": found.n_active / found.n_tokens if found.n_tokens else None,
+                "n_tokens": int(found.n_tokens_P[number]),
+                **{f"fvu_{stream}": found.fvu(stream, number) for stream in STREAMS},
+                "l0": float(found.n_active_P[number] / found.n_tokens_P[number]) if found.n_tokens_P[number] else None,
                 "dead_share": float((active[part] == 0).double().mean()),
+                "n_outliers": n_outliers,
                 "n_latents": crosscoder.n_latents,
                 "k": float(plan.k),
                 "threshold": crosscoder.threshold,
@@ -102,7 +101,7 @@ class Layer:
                 "n_steps": plan.steps,
                 "file": self._file,
             }
-            for part, found in seen.fits.items()
+            for number, part in enumerate(PARTS)
         ]
         return FITS.table({name: [row[name] for row in rows] for name in FITS.schema.names})
 
@@ -111,30 +110,33 @@ class Layer:
         return TRAINING.table({name: [row[name] for row in rows] for name in TRAINING.schema.names})
 
     def _causal_table(self) -> pa.Table:
-        settings, sample = self._settings, self._fitted.sample
+        settings = self._settings
         alive = np.flatnonzero(~self._latents["is_dead"].to_numpy(zero_copy_only=False))
         tried = conditions(self._sets(), alive, alive, settings.seed)
+        held_out_S = self._reading.held_out_S(settings.held_out_share)
+        if not held_out_S.any():
+            logger.warning("no text is held out at held_out_share=%s: there is no causal test", settings.held_out_share)
+            return CAUSAL.empty()
         tokens = Read(
-            settings.causal_tokens, settings.first_position, sample.outliers, settings.seed, settings.roles, settings.template
-        )
-        effects, n_tokens, n_sequences = causal_effects(self._fitted.crosscoder, self._reading, self._layer, tried, tokens)
+            settings.causal_tokens, settings.first_position, self._rows.selection.outliers, settings.seed, settings.roles,
+            settings.template, held_out_S,
+        )  # fmt: skip
+        whole, answers = causal_effects(self._fitted.crosscoder, self._reading, self._layer, tried, tokens)
+        of_answers = answers.effects or [None] * len(tried)
         rows = [
             {
                 "layer": self._layer,
                 "latent_set": condition.name,
                 "action": condition.action,
                 "n_latents": len(condition.latents),
-                "kl_nats": effect.kl_nats,
-                "kl_nats_low": effect.kl_interval.low,
-                "kl_nats_high": effect.kl_interval.high,
-                "kl_share": effect.share,
-                "kl_share_low": effect.share_interval and effect.share_interval.low,
-                "kl_share_high": effect.share_interval and effect.share_interval.high,
-                "reconstruction_kl_nats": effects[-1].kl_nats,
-                "n_tokens": n_tokens,
-                "n_sequences": n_sequences,
+                **_effect_columns("", effect),
+                **_effect_columns("answer_", of_answer),
+                "reconstruction_kl_nats": whole.effects[-1].kl_nats,
+                "n_tokens": whole.n_tokens,
+                "n_answer_tokens": answers.n_tokens,
+                "n_sequences": whole.n_sequences,
             }
-            for condition, effect in zip(tried[:-1], effects[:-1], strict=True)
+            for condition, effect, of_answer in zip(tried[:-1], whole.effects[:-1], of_answers[:-1], strict=True)
         ]
         return CAUSAL.table({name: [row[name] for row in rows] for name in CAUSAL.schema.names})
 
@@ -152,3 +154,15 @@ class Layer:
             "listed": np.sort(self._listed()),
         }
         return {name: latents for name, latents in sets.items() if len(latents)}
+
+
+def _effect_columns(prefix: str, effect: Effect | None) -> dict[str, float | None]:
+    share = effect and effect.share_interval
+    return {
+        f"{prefix}kl_nats": effect and effect.kl_nats,
+        f"{prefix}kl_nats_low": effect and effect.kl_interval.low,
+        f"{prefix}kl_nats_high": effect and effect.kl_interval.high,
+        f"{prefix}kl_share": effect and effect.share,
+        f"{prefix}kl_share_low": share and share.low,
+        f"{prefix}kl_share_high": share and share.high,
+    }

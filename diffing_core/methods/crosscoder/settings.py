@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffing_core.corpus import ROLES
 from diffing_core.methods.crosscoder.model import Sparsity
 from diffing_core.methods.crosscoder.partition import Kind
 from diffing_core.methods.crosscoder.training import Plan
+from diffing_core.row_settings import RowSettings
 from diffing_core.steering import SteeringSettings
 
 LEAST_BATCHES = 64  # an epoch has so many, or batches of LEAST_ROWS
@@ -22,14 +22,10 @@ SHORT_STEPS = 5000  # a shorter training takes larger steps: 2.6 times larger on
 WARM_UP_SHARE, ANNEALING_SHARE = 0.05, 0.2
 
 
-class CrosscoderSettings(SteeringSettings):
+class CrosscoderSettings(SteeringSettings, RowSettings):
     """Knobs of `crosscoder`."""
 
     layers: tuple[int | float, ...] | None = Field((1.0,), description="Blocks to read; null means all stored ones.")
-    first_position: int = Field(1, ge=0, description="Tokens before it are left out: attention sinks.")
-    roles: tuple[str, ...] | None = Field(None, description=f"Turns that are read, of {', '.join(ROLES)}; null means all.")
-    template: bool = Field(True, description="Whether tokens of the chat template are read too.")
-    outlier_ratio: float = Field(10.0, gt=1, description="Tokens longer than this many times the median are left out.")
     held_out_share: float = Field(0.1, gt=0, lt=1, description="Of the sequences: not trained on, to measure the fit.")
     sparsity: Sparsity = Field("batch_topk", description="batch_topk, or l1.")
     k: float | None = Field(None, gt=0, description="Latents active per token; null: a sixteenth of the width, 100 at most.")
@@ -59,7 +55,7 @@ class CrosscoderSettings(SteeringSettings):
     per_band: int = Field(3, ge=1, description="Example sequences per latent and band.")
     top_tokens: int = Field(20, ge=1, description="Tokens listed per latent, head and direction.")
     min_probability: float = Field(1e-8, ge=0, le=1, description="Mean probability that lets a token be listed which the corpus lacks.")
-    causal_tokens: int = Field(2048, ge=1, description="Probe tokens on which sets of latents are patched.")
+    causal_tokens: int = Field(2048, ge=1, description="Tokens of held-out texts on which sets of latents are patched, at most.")
     causal_share: float = Field(0.25, gt=0, le=0.5, description="Of the latents that Latent Scaling ranks, in the sets of both ends.")
     shown: int = Field(40, ge=1, description="Tokens shown as findings.")
     shown_texts: int = Field(5, ge=0, description="Texts shown after them.")

@@ -7,8 +7,10 @@ a pass that added nothing, and the null pass, which repeats it, adds nothing by 
 texts alone: with k texts in which the tuned model added an atom it is 2^(1 − k). A small one says that tuning changed something,
 never that the change is narrow: any finetuning does that. What separates narrow from any change is calibration on null arms.
 
-    rank of new atoms     energy = usage × energy where used, on held-out tuned vectors
-    tokens                Σ over leading new atoms of energy × p⁺(token) of h_tuned − h_base at the atom's token
+    rank of new atoms     energy = usage × energy where used, on held-out tuned vectors; with ranked_by added_energy that
+                          less the base's (planted at 0.5 % of tokens, orthogonal code: cosine 0.71 to 0.73 against 0.60 to 0.62)
+    tokens                Σ over leading new atoms of weight (that by which they are ranked) × p⁺(token) of
+                          h_tuned − h_base at the atom's token
     published ordering    mean coefficient in the base's dictionary by plain matching pursuit, tuned − base
     rotation              1 − cos of both models' vectors of the atom's token
     similarity            Jaccard index of the tokens that two dictionaries consist of; linear CKA
@@ -93,7 +95,7 @@ def _of(tables: Tables, name: str, layers: dict[int, float]) -> list[dict]:
 
 METHOD = Method(
     name="itda",
-    version="2",
+    version="3",
     kind="fit",
     needs=frozenset({Need.ACTIVATIONS, Need.MODELS, Need.FOLDER}),
     settings=ItdaSettings,

@@ -43,7 +43,7 @@ class LayerResult:
     @cached_property
     def new(self) -> NewAtoms:
         """New atoms, ranked."""
-        return ranked(self.usage, self.material, self.settings.encoder, self.settings.cluster_cosine)
+        return ranked(self.usage, self.material, self.settings)
 
     @property
     def leading(self) -> np.ndarray:
@@ -62,6 +62,7 @@ class LayerResult:
             "layer": self.layer,
             "n_tokens": len(self.material),
             "n_left_out": self.material.n_left_out,
+            "n_outliers": self.material.n_outliers,
             "n_held_out": len(self.held_out),
             "base_atoms": staged.n_base,
             "is_saturated": sizes[-1] - sizes[-2] <= self.settings.settled_share * sizes[-1],
@@ -138,7 +139,7 @@ class LayerResult:
 
     def token_rows(self, token_AT: np.ndarray, probability_AT: np.ndarray) -> Rows:
         """Rows of `itda_tokens` less the tokens' texts, from what the lens lists of the leading atoms' shifts."""
-        weight_AT = self.new.energy_A[: len(token_AT), None] * probability_AT
+        weight_AT = self.new.weight_A[: len(token_AT), None] * probability_AT
         rows = []
         for token in np.unique(token_AT):
             part_A = np.where(token_AT == token, weight_AT, 0.0).sum(1)

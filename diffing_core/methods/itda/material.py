@@ -12,24 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from diffing_core.activation_pairs import PairedActivations, PairedRows, Selection, StoredPair, joined
+from diffing_core.activation_pairs import PairedActivations, PairedRows, StoredPair, joined
 from diffing_core.errors import NotComputableError
 from diffing_core.fit_reading import FitReading
 from diffing_core.itda_dictionary import Staged, usable
 from diffing_core.lazy import torch
 from diffing_core.methods.itda.settings import ItdaSettings
-from diffing_core.sampling import position_hash, sampled
+from diffing_core.sampling import position_hash
 
 ORDER = 1  # seed of the hash by which tokens are chosen
 
 
 @dataclass(frozen=True)
 class Material:
-    """N tokens; `sequence_N` counts texts through all corpora. Vectors are float32."""
+    """N tokens; `sequence_N` counts texts through all corpora. Vectors are float32.
+
+    `n_outliers`: rows of the whole layer that were left out for their norms before any was chosen.
+    """
 
     rows: PairedRows
     sequence_N: np.ndarray
     n_left_out: int
+    n_outliers: int
 
     def __len__(self) -> int:
         return len(self.sequence_N)
@@ -76,7 +80,7 @@ class Chosen:
         """Raises NotComputableError if no text is held out."""
         self._reading, self._special, self._settings = reading, special, settings
         share = settings.held_out_share
-        self._is_held_out_S = np.concatenate([_held_out(len(corpus.sequences), share) for corpus in stored.corpora])
+        self._is_held_out_S = reading.held_out_S(share)
         documents = np.flatnonzero(self._is_held_out_S)
         if not len(documents):
             raise NotComputableError(
@@ -92,14 +96,19 @@ class Chosen:
         n_rows = sum(file.n_rows for file in at.files)
         below = min(1.0, 1.5 * wanted / (n_rows * (1 - share)) + 50 / n_rows) * (2**64 - 1)  # more than are wanted: the hash is no count
         fit, held_out = [], []
-        for rows in at.of(Selection(self._settings.first_position)).blocks():
+        every = self._settings.rows(at, share)
+        n_outliers = every.count()
+        for rows in every.blocks():
+            n_outliers -= len(rows)
             sequence_N = self._reading.sequence_N(rows)
             to_fit_N = ~self._is_held_out_S[sequence_N] & (self._hash_N(rows) <= below)
             fit.append(rows.take(np.flatnonzero(to_fit_N)))
             held_out.append(rows.take(np.flatnonzero(np.isin(sequence_N, self._held_out))))
         tokens = self._some(fit, "fitted")
         first = np.argsort(self._hash_N(tokens), kind="stable")[:wanted]
-        return self._material(tokens.take(first)), self._material(self._some(held_out, "held-out"))
+        chosen = tokens.take(first), self._some(held_out, "held-out")
+        fitted, encoded = (self._material(each, n_outliers) for each in chosen)
+        return fitted, encoded
 
     def held_out_documents(self, n_tokens: int) -> list[int]:
         """Some of the held-out texts, about as many tokens of them; one at least."""
@@ -108,7 +117,7 @@ class Chosen:
     def _some(self, parts: Sequence[PairedRows], what: str) -> PairedRows:
         if not sum(map(len, parts)):
             raise NotComputableError(
-                f"no token of the {what} texts is left from position {self._settings.first_position} on; lower first_position or "
+                f"no token of the {what} texts is left from position {self._settings.first_position} on; lower first_position, or "
                 "probe with more or longer texts"
             )
         return joined(parts)
@@ -116,20 +125,15 @@ class Chosen:
     def _hash_N(self, rows: PairedRows) -> np.ndarray:
         return position_hash(self._reading.sequence_N(rows), rows.position_N, ORDER)
 
-    def _material(self, rows: PairedRows) -> Material:
+    def _material(self, rows: PairedRows, n_outliers: int) -> Material:
         norms_SN = np.stack([rows.base_ND.float().norm(dim=1).numpy(), rows.tuned_ND.float().norm(dim=1).numpy()])
-        kept = np.flatnonzero(usable(rows.token_N, norms_SN, self._special, self._settings.norm_ratio))
+        kept = np.flatnonzero(usable(rows.token_N, norms_SN, self._special))
         if not len(kept):
-            raise NotComputableError(f"all {len(rows)} tokens are special or of outlying norm; raise norm_ratio or probe with text")
+            raise NotComputableError(f"all {len(rows)} tokens are special or zero; probe with text")
         n_left_out, rows = len(rows) - len(kept), rows.take(kept)
         device = self._reading.context.tuned.device
         rows = PairedRows(**vars(rows) | {side: getattr(rows, side).float().to(device) for side in ("base_ND", "tuned_ND")})
-        return Material(rows, self._reading.sequence_N(rows), n_left_out)
-
-
-def _held_out(n_documents: int, share: float) -> np.ndarray:
-    """Which of a corpus's texts are held out, bool [S]: those that `Selection` holds out."""
-    return sampled(np.arange(n_documents), np.zeros(n_documents, np.int64), share)
+        return Material(rows, self._reading.sequence_N(rows), n_left_out, n_outliers)
 
 
 def _until(documents: Sequence[int], reading: FitReading, n_tokens: int) -> list[int]:

@@ -17,7 +17,8 @@ LAYERS = TableSpec(
     (
         LAYER,
         Column("n_tokens", "int64", "Tokens from which the dictionary was built.", role="count"),
-        Column("n_left_out", "int64", "Chosen tokens that were special or had an outlying norm.", role="count"),
+        Column("n_left_out", "int64", "Chosen tokens that were special or zero.", role="count"),
+        Column("n_outliers", "int64", "Rows left out for their norms before any was chosen.", role="count", low=0),
         Column("n_held_out", "int64", "Held-out tokens that were encoded.", role="count"),
         Column("base_atoms", "int64", "Atoms after all passes over the base.", role="count"),
         Column("is_saturated", "bool", "Whether the last pass over the base added next to nothing."),
@@ -89,7 +90,7 @@ NEW_ATOMS = TableSpec(
     (
         LAYER,
         ATOM,
-        Column("rank", "int32", "Place by energy, from 1.", low=1),
+        Column("rank", "int32", "Place by weight (energy, or added energy if so asked), from 1.", low=1),
         TOKEN,
         SNIPPET,
         Column("energy", "float64", "Mean squared contribution to held-out tuned vectors: usage × energy where used.", ENERGY,
@@ -113,7 +114,7 @@ TOKENS = TableSpec(
         Column("rank", "int32", "1 is promoted most.", role="key", low=1),
         Column("token_id", "int32", "Vocabulary index."),
         TOKEN,
-        Column("weight", "float64", "Σ over atoms of energy × p(token), through the tuned model's norm and head, of what tuning "
+        Column("weight", "float64", "Σ over atoms of weight × p(token), through the tuned model's norm and head, of what tuning "
                "added to the atom's token.", ENERGY, "effect", low=0),
         Column("n_atoms", "int32", "Atoms that list it.", low=1),
         Column("atom", "int32", "The one with the largest part.", low=0),

@@ -6,17 +6,16 @@ from pydantic import Field
 
 from diffing_core.itda_dictionary import Construction
 from diffing_core.pursuit import Pursuit
-from diffing_core.settings import Settings
+from diffing_core.row_settings import RowSettings
 
 Encoder = Literal["orthogonal", "plain"]
+Ranking = Literal["energy", "added_energy"]
 
 
-class ItdaSettings(Settings):
+class ItdaSettings(RowSettings):
     """Knobs of `itda`."""
 
     layers: tuple[int | float, ...] | None = Field(None, description="Stored blocks to read; none means all that are stored.")
-    first_position: int = Field(1, ge=0, description="Tokens before it are left out of every sequence: attention sinks.")
-    norm_ratio: float = Field(10.0, gt=1, description="Tokens whose norm exceeds this multiple of the median are left out.")
     max_tokens: int = Field(2500, ge=1, description="Tokens, spread over all texts, from which a dictionary is built per layer.")
     held_out_share: float = Field(0.2, gt=0, lt=1, description="Share of the texts that dictionaries never see.")
     held_out_tokens: int = Field(2000, ge=1, description="About as many tokens of whole held-out texts are encoded.")
@@ -29,6 +28,7 @@ class ItdaSettings(Settings):
     max_atoms: int = Field(4096, ge=1, description="Atoms of the base at most; each later pass may add as many again.")
     max_passes: int = Field(8, ge=1, description="Passes over the base at most.")
     settled_share: float = Field(0.0, ge=0, lt=1, description="A pass that adds at most this share of the atoms is the last.")
+    ranked_by: Ranking = Field("energy", description="New atoms by energy in tuned vectors, or by that less the energy in base ones.")
     cluster_cosine: float = Field(0.7, gt=0, le=1, description="New atoms at least this alike are one cluster.")
     read_atoms: int = Field(30, ge=1, description="Leading new atoms per layer whose tokens are added up.")
     listed_atoms: int = Field(8, ge=1, description="Leading new atoms per layer that are shown one by one.")

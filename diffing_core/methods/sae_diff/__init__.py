@@ -18,7 +18,6 @@ Reference: Bussmann et al. 2024 (arXiv 2412.06410); on differences and Latent Sc
 
 from dataclasses import replace
 
-from diffing_core.activation_pairs import Selection
 from diffing_core.band_examples import BANDS
 from diffing_core.errors import NotComputableError
 from diffing_core.examples import around_peak
@@ -60,20 +59,18 @@ def run(inputs: Inputs, settings: SaeDiffSettings) -> Tables:
     """
     pair, stored, folder = inputs[Need.MODELS], inputs[Need.ACTIVATIONS], inputs[Need.FOLDER]
     reading = FitReading(pair, stored)
-    chosen = Selection(
-        settings.first_position, settings.roles, settings.template, held_out_share=settings.held_out_share
-    )
     every: list[Fitted] = []
     fits = []
     for layer in reading.layers(settings.layers):
-        rows = stored.at(layer).of(chosen)
-        moments = rows.of(replace(chosen, part="fit")).moments()
+        rows = settings.rows(stored.at(layer), settings.held_out_share)
+        parts = {part: rows.of(replace(rows.selection, part=part)).moments() for part in ("fit", "held_out")}
+        moments, n_outliers = parts["fit"], rows.count() - sum(each["difference"].count for each in parts.values())
         if not moments["difference"].count:
             raise NotComputableError(f"no token of {stored.name} is left to train on: read more positions, roles or texts")
         for target in settings.targets:
             material = Material(rows, layer, target)
             fitted = Fitted.of(material, moments, settings, folder, pair.tuned.device)
-            fits.append(fit_row(material, moments, fitted))
+            fits.append(fit_row(material, moments, fitted) | {"n_outliers": n_outliers})
             every += [] if fitted is None else [fitted]
     lens = lens_of(every, reading, settings)
     return {
@@ -122,7 +119,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="sae_diff",
-    version="1",
+    version="2",
     kind="fit",
     needs=frozenset({Need.MODELS, Need.ACTIVATIONS, Need.FOLDER}),
     settings=SaeDiffSettings,

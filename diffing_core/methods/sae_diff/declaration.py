@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from diffing_core.band_examples import bands_spec
-from diffing_core.corpus import ROLES
 from diffing_core.lens_tables import lens_spec
+from diffing_core.row_settings import RowSettings
 from diffing_core.steering import SteeringSettings, steering_spec
 from diffing_core.tables import Column, TableSpec
 
@@ -14,7 +14,7 @@ Target = Literal["difference", "base", "tuned"]
 UNIT = "activation units"
 
 
-class SaeDiffSettings(SteeringSettings):
+class SaeDiffSettings(SteeringSettings, RowSettings):
     """Knobs of `sae_diff`."""
 
     layers: tuple[int | float, ...] | None = Field(
@@ -33,9 +33,6 @@ class SaeDiffSettings(SteeringSettings):
     learning_rate: float | None = Field(
         None, gt=0, description="Of Adam; none means dictionary-learning's 2e-4 / sqrt(latents / 2^14)."
     )
-    first_position: int = Field(1, ge=0, description="Tokens before it are left out of every sequence: attention sinks.")
-    roles: tuple[str, ...] | None = Field(None, description=f"Turns that are read, of {', '.join(ROLES)}; none means all.")
-    template: bool = Field(True, description="Whether tokens of the chat template are read too.")
     held_out_share: float = Field(0.1, gt=0, lt=1, description="Share of the sequences on which the fit is measured.")
     seed: int = Field(0, ge=0, description="Of the first weights and of the order of tokens.")
     listed: int = Field(50, ge=1, description="Latents read through the lens, those that carry most of what is rebuilt.")
@@ -58,6 +55,7 @@ FIT = TableSpec(
         TARGET,
         Column("n_fit_tokens", "int64", "Tokens to train on.", role="count"),
         Column("n_held_out_tokens", "int64", "Tokens held out.", role="count"),
+        Column("n_outliers", "int64", "Rows left out for their norms.", role="count", low=0),
         Column("difference_energy", "float64", "Mean ‖tuned − base‖² of the tokens to train on.", f"({UNIT})²", "effect", low=0),
         Column("variance", "float64", "Total variance of what is rebuilt; nothing is trained where all rows are equal.",
                f"({UNIT})²", low=0),

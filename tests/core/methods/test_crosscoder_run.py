@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ from diffing_core.methods import get_method
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.crosscoder import METHOD, checkpoint, fitting
 from diffing_core.methods.crosscoder.causal import Condition, Read, causal_effects, conditions
-from diffing_core.methods.crosscoder.data import Batches, Outliers, Sample
+from diffing_core.methods.crosscoder.data import Batches, Sample
 from diffing_core.methods.crosscoder.model import Crosscoder
 from diffing_core.methods.crosscoder.partition import Partition
-from diffing_core.methods.crosscoder.reading import Fit, Reading, by_block, whole_sequences
+from diffing_core.methods.crosscoder.reading import PARTS, Explained, Reading, by_block, whole_sequences
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 from diffing_core.models import ModelPair, Subject
 from diffing_core.paired_pass import paired_pass
@@ -96,16 +97,20 @@ def test_latents_are_counted_as_a_plain_loop_counts_them(made: tuple[ModelPair, 
     monkeypatch.setattr("diffing_core.methods.crosscoder.reading.ROWS_TOGETHER", 20)
     pair, stored = made
     crosscoder, place, activations = some_crosscoder(), FitReading(pair, stored), stored.at(1)
-    held_out, everything = Selection(part="held_out"), Outliers((np.inf, np.inf))
+    held_out = Selection(part="held_out")
     shift_MD = (torch.zeros(WIDTH), torch.zeros(WIDTH))
-    found = Reading.of(crosscoder, activations, held_out, everything, place, shift_MD)
+    found = Reading.of(crosscoder, activations, held_out, place, shift_MD)
     rows = joined(list(activations.blocks()))
     code_NF = crosscoder.encode((rows.base_ND, rows.tuned_ND)).numpy()
     sequence_N, held_out_N = place.sequence_N(rows), held_out.keeps(rows)
     assert found.n_tokens == len(rows) == place.context.corpus.n_tokens and found.n_sequences == 40
     assert found.n_active_F.tolist() == (code_NF > 0).sum(0).tolist()
     assert found.held_out_active_F.tolist() == (code_NF[held_out_N] > 0).sum(0).tolist()
-    assert found.fits["held_out"].n_tokens == held_out_N.sum() > 0
+    assert found.explained.n_tokens_P[PARTS.index("held_out")] == held_out_N.sum() > 0
+    for part_N, part in ((~held_out_N, "fit"), (held_out_N, "held_out")):
+        activation_ND, rebuilt_ND = rows.tuned_ND[part_N], crosscoder.reconstruct(torch.from_numpy(code_NF[part_N]))[1]
+        expected = (activation_ND - rebuilt_ND).square().sum() / (activation_ND - activation_ND.mean(0)).square().sum()
+        assert found.explained.fvu("tuned", PARTS.index(part)) == pytest.approx(float(expected), rel=1e-4)
     assert found.maximum_F.tolist() == pytest.approx(code_NF.max(0).tolist(), rel=1e-5)
     active = [len(np.unique(sequence_N[code_N > 0])) for code_N in code_NF.T]
     assert found.sequences_F.tolist() == active
@@ -116,15 +121,17 @@ def test_fit_of_the_mean_is_one_and_of_the_truth_is_zero() -> None:
     pair = tuple(5 + torch.randn(100, 4, generator=draw) for _ in range(2))
     shift = (torch.full((4,), 3.0), torch.full((4,), 2.0))
     for errors, expected in ((pair, 1.0), (tuple(torch.zeros(100, 4) for _ in range(2)), 0.0)):
-        fit = Fit(shift)
+        fit = Explained(shift, 2)
         for rows in (slice(0, 30), slice(30, 100)):
+            n_active_N = np.ones(rows.stop - rows.start, np.int64)
             fit.add(tuple(each[rows] for each in pair), tuple(
                 (each[rows] - whole.mean(0)) if expected else each[rows] for each, whole in zip(errors, pair, strict=True)
-            ), 0)  # fmt: skip
-        assert [fit.fvu(stream) for stream in ("base", "tuned", "difference")] == pytest.approx([expected] * 3, abs=1e-6)
-    same = Fit(shift)
-    same.add((pair[0], pair[0]), (pair[0], pair[0]), 0)
-    assert same.fvu("difference") is None, "nothing to explain where the models agree"
+            ), n_active_N, n_active_N)  # fmt: skip
+        assert [fit.fvu(stream, 1) for stream in ("base", "tuned", "difference")] == pytest.approx([expected] * 3, abs=1e-6)
+        assert fit.fvu("base", 0) is None, "no token was of this part"
+    same = Explained(shift, 1)
+    same.add((pair[0], pair[0]), (pair[0], pair[0]), np.zeros(100), np.zeros(100, np.int64))
+    assert same.fvu("difference", 0) is None, "nothing to explain where the models agree"
 
 
 def test_sequences_stay_whole_and_in_their_block(made: tuple[ModelPair, StoredPair], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,15 +153,16 @@ def test_outliers_are_left_out_everywhere(made: tuple[ModelPair, StoredPair]) ->
     rows = joined(list(activations.blocks()))
     norms_MN = torch.stack([rows.base_ND.float().norm(dim=1), rows.tuned_ND.float().norm(dim=1)])
     ratio = 1.2
-    sample = Sample.of(activations, seed=0, outlier_ratio=ratio)
+    activations = activations.without(activations.outliers(ratio))
+    sample = Sample.of(activations, seed=0)
     fits_N = (norms_MN.numpy() <= ratio * np.median(norms_MN.numpy(), axis=1, keepdims=True)).all(0)
     assert len(sample.rows) == int(fits_N.sum()) < len(rows)
-    trained_on = sum(len(base_ND) for base_ND, _ in Batches(activations, sample.outliers, 8, 0)(0))
+    trained_on = sum(len(base_ND) for base_ND, _ in Batches(activations, 8, 0)(0))
     assert len(sample.rows) - 8 < trained_on <= len(sample.rows)
 
 
 def test_common_scale_brings_the_mean_length_to_root_d(made: tuple[ModelPair, StoredPair]) -> None:
-    sample = Sample.of(made[1].at(2), seed=0, outlier_ratio=100.0)
+    sample = Sample.of(made[1].at(2), seed=0)
     lengths = [each.double().norm(dim=1).mean() for each in (sample.rows.base_ND, sample.rows.tuned_ND)]
     common, again = sample.scale_M(common=True)
     assert common == again
@@ -164,7 +172,7 @@ def test_common_scale_brings_the_mean_length_to_root_d(made: tuple[ModelPair, St
 
 
 def test_an_epoch_is_the_same_again_and_another_one_another(made: tuple[ModelPair, StoredPair]) -> None:
-    batches = Batches(made[1].at(0), Outliers((np.inf, np.inf)), 16, seed=0)
+    batches = Batches(made[1].at(0), 16, seed=0)
     first, again, second = ([base_ND.clone() for base_ND, _ in batches(epoch)] for epoch in (0, 0, 1))
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], second[0])
@@ -178,8 +186,9 @@ def test_causal_effects_equal_those_of_a_forward_from_the_patched_stream(made: t
     reading, crosscoder = FitReading(pair, stored), some_crosscoder()
     some = np.asarray([3, 7])
     tried = [Condition("none", "add", some[:0]), Condition("s", "add", some), Condition("s", "remove", some)]
-    tokens = Read(10**6, 0, Outliers((np.inf, np.inf)), 0)
-    found, n_tokens, n_sequences = causal_effects(crosscoder, reading, layer, tried, tokens)
+    tokens = Read(10**6, 0, None, 0)
+    (found, n_tokens, n_sequences), answers = causal_effects(crosscoder, reading, layer, tried, tokens)
+    assert answers == ([], 0, 0), "no token is of an answer"
     assert (n_tokens, n_sequences) == (reading.context.corpus.n_tokens, 40)
     base_FD, tuned_FD = crosscoder.directions()
     totals = np.zeros(3)
@@ -220,12 +229,56 @@ def test_a_reconstruction_without_error_takes_all_the_divergence_away(made: tupl
     )  # fmt: skip
     everything = np.arange(4 * WIDTH)
     tried = conditions({}, everything, everything, 0)
-    found, *_ = causal_effects(identity, FitReading(pair, stored), 1, tried, Read(60, 0, Outliers((np.inf, np.inf)), 0))
-    by_name = {(condition.name, condition.action): effect for condition, effect in zip(tried, found, strict=True)}
+    found, _ = causal_effects(identity, FitReading(pair, stored), 1, tried, Read(60, 0, None, 0))
+    by_name = {(condition.name, condition.action): effect for condition, effect in zip(tried, found.effects, strict=True)}
     assert by_name["none", "add"].kl_nats > 0.001
     for key in (("all", "add"), ("all and biases", "add"), ("reconstruction", "replace")):
         assert by_name[key].kl_nats < 1e-5 and by_name[key].share > 0.99, key
     assert by_name["all", "remove"].share == pytest.approx(1.0, rel=1e-3)
+    assert by_name["error only", "add"].share == pytest.approx(0.0, abs=1e-3), "nothing is left unexplained"
+
+
+def test_without_latents_the_error_is_the_whole_difference(made: tuple[ModelPair, StoredPair]) -> None:
+    pair, stored = made
+    silent = some_crosscoder()
+    silent.threshold = float("inf")
+    silent.decoder_bias_MD = [torch.zeros(WIDTH), torch.zeros(WIDTH)]
+    nothing = np.arange(0)
+    tried = conditions({}, nothing, nothing, 0)
+    found, _ = causal_effects(silent, FitReading(pair, stored), 1, tried, Read(60, 0, None, 0))
+    by_name = {condition.name: effect for condition, effect in zip(tried, found.effects, strict=True)}
+    assert by_name["none"].kl_nats > 0.001
+    assert by_name["error only"].kl_nats < 1e-6 and by_name["error only"].share > 0.999
+    assert by_name["all and biases"].share == pytest.approx(0.0, abs=1e-6)
+
+
+def test_answers_are_averaged_by_themselves(made: tuple[ModelPair, StoredPair]) -> None:
+    """All tokens of one text are of an answer, none of the others': its mean is that text's."""
+    pair, stored = made
+    reading, crosscoder = FitReading(pair, stored), some_crosscoder()
+    plain = reading.context.corpus
+    answering = replace(plain.sequences[3], role_T=np.full(len(plain.sequences[3]), ROLES.index("assistant"), np.int8))
+    object.__setattr__(reading.context, "corpus", replace(plain, sequences=(*plain.sequences[:3], answering, *plain.sequences[4:])))
+    tried = conditions({}, np.arange(0), np.arange(0), 0)
+    tokens = Read(10**6, 0, None, 0)
+    whole, answers = causal_effects(crosscoder, reading, 1, tried, tokens)
+    assert (answers.n_tokens, answers.n_sequences) == (len(answering), 1) and whole.n_sequences == 40
+    alone_S = np.arange(40) == 3
+    alone, _ = causal_effects(crosscoder, reading, 1, tried, tokens._replace(held_out_S=alone_S))
+    assert alone.n_sequences == 1
+    for in_answers, by_itself in zip(answers.effects, alone.effects, strict=True):
+        assert in_answers.kl_nats == pytest.approx(by_itself.kl_nats, rel=1e-4, abs=1e-7)
+
+
+def test_the_causal_test_reads_what_was_not_trained_on(made: tuple[ModelPair, StoredPair]) -> None:
+    pair, stored = made
+    reading = FitReading(pair, stored)
+    held_out_S = reading.held_out_S(0.3)
+    rows = joined(list(stored.at(1).of(Selection(part="held_out", held_out_share=0.3)).blocks()))
+    assert np.unique(reading.sequence_N(rows)).tolist() == np.flatnonzero(held_out_S).tolist()
+    tokens = Read(10**6, 0, None, 0, held_out_S=held_out_S)
+    read = [len(batch.sequences) for batch, *_ in tokens.batches(reading.context.corpus)]
+    assert 0 < sum(read) == held_out_S.sum() < 40
 
 
 def test_controls_are_as_large_as_their_set_and_share_nothing_with_it() -> None:
@@ -362,14 +415,13 @@ def counting(steps: list[int]) -> Callable:
 
 def test_roles_and_template_choose_what_is_read_and_encoded(made: tuple[ModelPair, StoredPair]) -> None:
     settings = CrosscoderSettings(roles=("user",), template=False)
-    assert fitting.selection(settings, "fit") == Selection(1, ("user",), False, "fit", 0.1)
+    assert settings.selection("fit") == Selection(1, ("user",), False, "fit", 0.1)
     user = ROLES.index("user")
     role_T, template_T = np.asarray([0, user, user, user, 0], np.int8), np.asarray([0, 0, 0, 1, 1], bool)
     text = ProbeCorpus("chat", (ProbeSequence(np.arange(5, dtype=np.int32), role_T, template_T),), 1)
-    everything = Outliers((np.inf, np.inf))
-    [(_, read_N)] = Read(5, 2, everything, 0, settings.roles, settings.template).batches(text)
-    [(_, default_N)] = Read(5, 2, everything, 0).batches(text)
-    assert read_N.tolist() == [False, False, True, False, False]
+    [(_, read_N, answer_N)] = Read(5, 2, None, 0, settings.roles, settings.template).batches(text)
+    [(_, default_N, _)] = Read(5, 2, None, 0).batches(text)
+    assert read_N.tolist() == [False, False, True, False, False] and not answer_N.any()
     assert default_N.tolist() == [False, False, True, True, True]
 
 
@@ -410,4 +462,4 @@ def test_variants_settings_and_corpora_of_one_shape_have_folders_of_their_own(ma
 def test_too_little_text_is_said(made: tuple[ModelPair, StoredPair]) -> None:
     nothing = PairedActivations(made[1].at(0).files, Selection(first_position=100))
     with pytest.raises(NotComputableError, match="fewer than two stored tokens"):
-        Sample.of(nothing, seed=0, outlier_ratio=10.0)
+        Sample.of(nothing, seed=0)

@@ -260,7 +260,7 @@ def every_token_an_atom(planted: Case, layer: int) -> tuple[Staged, Material]:
     """Of three texts: each token's own code is itself, and turned back it is the base's vector."""
     [rows, *_] = planted.stored.at(layer).blocks()
     rows = rows.take(np.flatnonzero(np.isin(rows.sequence_N, (0, 3, 6))))
-    return Staged(Dictionary(unit(rows.tuned_ND), np.arange(len(rows))), 0, (0,), np.zeros(0, np.int64)), Material(rows, rows.sequence_N, 0)
+    return Staged(Dictionary(unit(rows.tuned_ND), np.arange(len(rows))), 0, (0,), np.zeros(0, np.int64)), Material(rows, rows.sequence_N, 0, 0)
 
 
 def test_turning_everything_back_removes_the_difference(planted: Case) -> None:
@@ -288,7 +288,7 @@ def test_tokens_that_were_never_encoded_are_not_edited(planted: Case) -> None:
     layer = planted.stored.layers[0]
     found, material = every_token_an_atom(planted, layer)
     encoded = np.flatnonzero((material.rows.token_N != BOS) & (material.rows.position_N != 4))
-    held_out = Material(material.rows.take(encoded), material.sequence_N[encoded], len(material) - len(encoded))
+    held_out = Material(material.rows.take(encoded), material.sequence_N[encoded], len(material) - len(encoded), 0)
     seen = 0
     with torch.inference_mode():
         ablation = Ablation(found, material, held_out, SETTINGS.model_copy(update={"steps": 1, "first_position": 0}))
