@@ -13,7 +13,7 @@ WIDTH = 256
 LATENTS, K = 32 * WIDTH, WIDTH // 16  # as the settings have it for enough text
 BATCH_ROWS = 2048
 FEWER_LATENTS, LARGER_K = 4096, 32  # twice the entries to half the encoding: the harder case
-TOKENS_PER_TEXT, TEXTS = 64, 768  # of the pass: about one batch and a fifth for each of its blocks of documents
+TOKENS_PER_TEXT, TEXTS = 64, 768  # of the pass: a batch of some 2,500 rows for each of its blocks of documents
 ROWS = 4096  # of the batch on which the loop is timed
 LOOPED = 32  # latents of which the loop is timed
 
@@ -145,10 +145,10 @@ class _Rows:
 
 def _encoded(crosscoder: Any, rows: _Rows) -> None:
     from diffing_core.methods.crosscoder.data import pieces
-    from diffing_core.methods.crosscoder.reading import ROWS_TOGETHER
+    from diffing_core.methods.crosscoder.reading import MOST_TOGETHER
 
     for group in rows.blocks():
-        for pair in pieces(group, ROWS_TOGETHER, len(group)):
+        for pair in pieces(group, MOST_TOGETHER, len(group)):
             crosscoder.sparse(crosscoder.scaled(pair))
 
 

@@ -21,7 +21,8 @@ from diffing_core.lazy import torch
 from diffing_core.methods.crosscoder.model import SIDES, Crosscoder
 from diffing_core.sparse_code import SparseCode
 
-ROWS_TOGETHER = 2048
+WAITING_BYTES = 2**29
+LEAST_TOGETHER, MOST_TOGETHER = 512, 8192
 CONTROL_SEED = 0
 ERRORS = tuple(f"error {side}" for side in SIDES)
 RECONSTRUCTIONS = tuple(f"reconstruction {side}" for side in SIDES)
@@ -157,14 +158,20 @@ def whole_sequences(blocks: Iterable[PairedRows]) -> Iterator[PairedRows]:
         yield rest
 
 
+def rows_together(rows: PairedRows) -> int:
+    """Rows of a batch, of which those of all blocks may wait at a time."""
+    bytes_of_row = 2 * rows.base_ND.shape[1] * rows.base_ND.element_size()
+    return min(MOST_TOGETHER, max(LEAST_TOGETHER, WAITING_BYTES // (N_BLOCKS * bytes_of_row)))
+
+
 def by_block(blocks: Iterable[PairedRows], place: FitReading) -> Iterator[tuple[int, PairedRows]]:
-    """Rows of one block of documents at a time, some ROWS_TOGETHER of them, sequences whole."""
+    """Rows of one block of documents at a time, sequences whole: as many as may wait, since each batch costs a dictionary."""
     waiting: dict[int, list[PairedRows]] = {block: [] for block in range(N_BLOCKS)}
     for rows in blocks:
         block_N = block_of(place.sequence_N(rows))
         for block in np.unique(block_N).tolist():
             waiting[block].append(rows.take(np.flatnonzero(block_N == block)))
-            if sum(map(len, waiting[block])) >= ROWS_TOGETHER:
+            if sum(map(len, waiting[block])) >= rows_together(rows):
                 yield block, joined(waiting[block])
                 waiting[block] = []
     yield from ((block, joined(parts)) for block, parts in waiting.items() if parts)

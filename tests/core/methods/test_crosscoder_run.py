@@ -94,7 +94,7 @@ def test_every_layer_that_is_wanted_has_its_rows_and_its_file(made: tuple[ModelP
 
 
 def test_latents_are_counted_as_a_plain_loop_counts_them(made: tuple[ModelPair, StoredPair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffing_core.methods.crosscoder.reading.ROWS_TOGETHER", 20)
+    monkeypatch.setattr("diffing_core.methods.crosscoder.reading.MOST_TOGETHER", 20)
     pair, stored = made
     crosscoder, place, activations = some_crosscoder(), FitReading(pair, stored), stored.at(1)
     held_out = Selection(part="held_out")
@@ -136,7 +136,7 @@ def test_fit_of_the_mean_is_one_and_of_the_truth_is_zero() -> None:
 
 def test_sequences_stay_whole_and_in_their_block(made: tuple[ModelPair, StoredPair], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffing_core.activation_pairs.ROWS_PER_GROUP", 16)
-    monkeypatch.setattr("diffing_core.methods.crosscoder.reading.ROWS_TOGETHER", 30)
+    monkeypatch.setattr("diffing_core.methods.crosscoder.reading.MOST_TOGETHER", 30)
     pair, stored = made
     place = FitReading(pair, stored)
     seen: dict[int, int] = {}
