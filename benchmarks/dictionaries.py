@@ -145,10 +145,9 @@ class _Rows:
 
 def _encoded(crosscoder: Any, rows: _Rows) -> None:
     from diffing_core.methods.crosscoder.data import pieces
-    from diffing_core.methods.crosscoder.reading import MOST_TOGETHER
 
     for group in rows.blocks():
-        for pair in pieces(group, MOST_TOGETHER, len(group)):
+        for pair in pieces(group, BATCH_ROWS, len(group)):
             crosscoder.sparse(crosscoder.scaled(pair))
 
 

@@ -22,7 +22,7 @@ from diffing_core.methods.crosscoder.model import SIDES, Crosscoder
 from diffing_core.sparse_code import SparseCode
 
 WAITING_BYTES = 2**29
-LEAST_TOGETHER, MOST_TOGETHER = 512, 8192
+LEAST_TOGETHER, MOST_TOGETHER = 512, 4096
 CONTROL_SEED = 0
 ERRORS = tuple(f"error {side}" for side in SIDES)
 RECONSTRUCTIONS = tuple(f"reconstruction {side}" for side in SIDES)
