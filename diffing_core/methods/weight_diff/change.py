@@ -138,7 +138,7 @@ def intruder_rows(change: Change, settings: WeightDiffSettings) -> list[dict[str
         return None
     is_bound = min(shape) > max(settings.intruder_side, EXACT_BELOW)
     is_expert = "experts" in change.delta.name.split(".")
-    if is_bound and (shape[0] > shape[1] or settings.intruder_steps == 0 or is_expert):
+    if (is_bound and settings.intruder_steps == 0) or (is_expert and not settings.expert_intruders):
         return None
     if not change.frobenius:
         return []

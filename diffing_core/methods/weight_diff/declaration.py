@@ -18,10 +18,13 @@ class WeightDiffSettings(Settings):
     leading: int = Field(64, ge=1, description="Leading singular values listed, and found of larger dense matrices.")
     intruders: int = Field(10, ge=1, description="Leading directions of W_tuned that are looked for in W_base.")
     intruder_side: int = Field(
-        512, ge=0, description="Smaller side up to which the match is exact: 0.14 s a matrix at 512, 3.4 s at 2048."
+        1024, ge=0, description="Smaller side up to which the match is exact: 0.6 s a matrix at 1024, 3.4 s at 2048."
     )
     intruder_steps: int = Field(
-        64, ge=0, description="Beyond it, where there are no more outputs than inputs and no experts: steps of the bound; 0: none."
+        64, ge=0, description="Beyond it: steps of the bound, 3 s a matrix at 2048 × 8192; 0: none."
+    )
+    expert_intruders: bool = Field(
+        True, description="Whether every expert's directions are matched too: thousands of matrices, 0.3 s each at 768 × 2048."
     )
     intruder_below: float = Field(0.5, ge=0, le=1, description="A direction whose best match is below is an intruder.")
     seed: int = Field(0, ge=0, description="Of the random range finder.")
@@ -94,7 +97,7 @@ TENSORS = TableSpec(
         ),
         Column("cosine", "float64", "Cosine between W_base and W_tuned.", nullable=True),
         _effect("intruder_score", "Largest novelty of W_tuned's leading directions, or at least so much (see the intruders); "
-                "null beyond `intruder_side` for experts and where there are more outputs than inputs."),
+                "null where the settings leave it out."),
         _effect("n_intruders", "How many of them are known to match W_base less than `intruder_below`.", dtype="int32"),
     ),
 )

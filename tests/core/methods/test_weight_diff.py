@@ -337,6 +337,16 @@ def test_a_stacked_expert_has_the_rows_of_one_that_is_stored_alone(base, tmp_pat
     assert {each.source_key["expert"] for each in modules} == {0, 1, 2}
 
 
+def test_experts_have_intruder_scores_also_as_bounds_and_can_be_left_out(base, tmp_path):
+    sides = [with_experts(base, tmp_path / str(seed), "stacked", seed) for seed in (0, 1)]
+    exact, bound, none = (
+        [row["intruder_score"] for row in tables(*sides, SETTINGS.model_copy(update=asked))[TENSORS.name].to_pylist() if row["expert"] is not None]
+        for asked in ({}, {"intruder_side": 8}, {"expert_intruders": False})
+    )
+    assert len(exact) == 3 and none == [None] * 3
+    assert all(0 < least <= value + 1e-3 for least, value in zip(bound, exact, strict=True))
+
+
 def small_moe() -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12, "head_dim": 8, "vocab_size": V}
