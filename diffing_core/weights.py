@@ -1,7 +1,7 @@
 """What a finetune changed in the weights: one TensorDelta at a time, read from safetensors, no model built.
 
-    weight_stream(pair)     -> TensorDelta of every tensor that may differ
-    OpenPair(pair)          -> the same by name: `names`, `delta(name)`, and `unmatched`, which only one side has or which
+    weight_stream(pair)     -> TensorDelta of every tensor that may differ, experts that one tensor stacks one by one
+    OpenPair(pair)          -> the same by name: `names`, `deltas(name)`, and `unmatched`, which only one side has or which
                                cannot be laid over each other
 
 ΔW = tuned − base. A LoRA adapter gives its factors (see weight_files.py), and never the product; against another
@@ -12,8 +12,8 @@ Matrices are oriented as y = W x, rows are outputs; embeddings and heads have a 
 Suffixes: M rows (outputs), N columns (inputs), R rank.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -112,15 +112,6 @@ class TensorDelta:
     flipped: bool = False
     expert: int | None = None
 
-    def matrices(self) -> Iterator["TensorDelta"]:
-        """A stack of experts [E, M, N] as one matrix after the other; anything else as it is."""
-        if len(self.shape) != 3 or self.part != "mlp":
-            yield self
-            return
-        for expert, (before, after) in enumerate(zip(self.pair.base, self.pair.tuned, strict=True)):
-            own = {"shape": self.shape[1:], "pair": DensePair(before, after), "load_base": lambda before=before: before}
-            yield replace(self, expert=expert, **own)
-
     def __post_init__(self) -> None:
         if (self.factors is None) == (self.pair is None):
             raise TypeError(f"delta of {self.name}: give factors or a dense pair, not both or neither")
@@ -156,8 +147,18 @@ class OpenPair:
         self._before = shared._before if shared else lru_cache(maxsize=1)(self._base.dense)
         self.names, self.unmatched = _matched(self._base, self._tuned)
 
-    def delta(self, name: str) -> TensorDelta:
-        """The change of one of `names`.
+    def experts(self, name: str) -> Sequence[int | None]:
+        """Numbers of the experts that one of `names` stacks [E, M, N]; of any other tensor None alone, itself."""
+        shape = self._base.place(name).shape
+        return range(shape[0]) if len(shape) == 3 and place_of(name)[1] == "mlp" else (None,)
+
+    def deltas(self, name: str) -> Iterator[TensorDelta]:
+        """The change of one of `names`, expert by expert; raises as `delta`."""
+        for expert in self.experts(name):
+            yield self.delta(name, expert)
+
+    def delta(self, name: str, expert: int | None = None) -> TensorDelta:
+        """The change of one of `names`, or of one of its experts, of which no other is read.
 
         Raises:
             ModelLoadError: the tensor holds NaN or infinite values.
@@ -169,18 +170,19 @@ class OpenPair:
         if stored_once and base.is_low_rank(name) and tuned.is_low_rank(name):
             factors = _difference(name, base, tuned)
             return TensorDelta(*named, factors.shape, lambda: self._before(name, flip=flip), factors, flipped=flip)
-        before, after = self._before(name, flip=flip), tuned.dense(name, flip=flip)
+        before, after = self._before(name, flip=flip, expert=expert), tuned.dense(name, flip=flip, expert=expert)
         n_left_out = abs(len(before) - len(after)) if before.ndim else 0
         if n_left_out:
             before, after = before[: len(after)], after[: len(before)]
-        return TensorDelta(*named, tuple(before.shape), lambda: before, None, DensePair(before, after), n_left_out, flip)
+        pair = DensePair(before, after)
+        return TensorDelta(*named, tuple(before.shape), lambda: before, None, pair, n_left_out, flip, expert)
 
 
 def weight_stream(pair: WeightPair) -> Iterator[TensorDelta]:
-    """Every tensor that may differ, in the order of the model; raises as `OpenPair`."""
+    """Every tensor that may differ, in the order of the model, expert by expert; raises as `OpenPair`."""
     opened = OpenPair(pair)
     for name in opened.names:
-        yield opened.delta(name)
+        yield from opened.deltas(name)
 
 
 def _matched(base: OpenSide, tuned: OpenSide) -> tuple[list[str], list[Unmatched]]:

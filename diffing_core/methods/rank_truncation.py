@@ -37,6 +37,7 @@ from diffing_core.answers import (
 from diffing_core.findings import Finding
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.methods.kl_rollout import scored
+from diffing_core.methods.weight_diff.declaration import EXPERT
 from diffing_core.models import ModelPair
 from diffing_core.tables import Column, TableSpec
 from diffing_core.weight_edits import Term, edited_subject, uniform
@@ -84,9 +85,10 @@ MODELS = TableSpec(
 MODULES = TableSpec(
     "rank_truncation_modules",
     "On how few directions the change of each matrix lies, and what each rank keeps of it.",
-    ("name", "rank"),
+    ("name", "expert", "rank"),
     (
         Column("name", "string", "Tensor.", role="key"),
+        EXPERT,
         Column("rank", "int32", "Directions kept.", role="key", low=1),
         Column("layer", "int32", "Block, from 0; null outside of blocks.", nullable=True),
         Column("part", "string", "attn, mlp, norm, embed, head or other."),
@@ -214,6 +216,7 @@ def _modules(files: WeightPair, ranks: Sequence[int]) -> list[dict[str, Any]]:
         share_K = spectrum.energy_shares_K
         of_tensor = {
             "name": delta.name,
+            "expert": delta.expert,
             "layer": delta.layer,
             "part": delta.part,
             "frobenius": spectrum.frobenius,
@@ -300,7 +303,7 @@ def _words_table(
 
 METHOD = Method(
     name="rank_truncation",
-    version="2",
+    version="3",
     kind="live",
     needs=frozenset({Need.MODELS, Need.WEIGHTS}),
     settings=RankTruncationSettings,

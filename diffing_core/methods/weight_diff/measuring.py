@@ -41,7 +41,7 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
     written: list[Written] = []
     changed_rows: list[tuple[str, Any]] = []
     opened = OpenPair(pair)
-    for delta in (matrix for name in opened.names for matrix in opened.delta(name).matrices()):
+    for delta in (each for name in opened.names for each in opened.deltas(name)):
         change = Change.of(delta, settings, generator)
         own_intruders = intruder_rows(change, settings)
         tensors.append(tensor_row(change, own_intruders, settings))

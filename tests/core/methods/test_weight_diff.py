@@ -27,6 +27,7 @@ from diffing_core.methods.weight_diff import (
     headline,
     run,
 )
+from diffing_core.weight_files import _Place
 from diffing_core.weights import WeightPair
 from tests.weight_toys import gpt2, save, trained
 
@@ -345,6 +346,21 @@ def test_experts_have_intruder_scores_also_as_bounds_and_can_be_left_out(base, t
     )
     assert len(exact) == 3 and none == [None] * 3
     assert all(0 < least <= value + 1e-3 for least, value in zip(bound, exact, strict=True))
+
+
+def test_of_stacked_experts_one_is_read_at_a_time(base, tmp_path, monkeypatch):
+    """The largest stacks have 13 GB in float32; the key was read whole."""
+    sides = [with_experts(base, tmp_path / str(seed), "stacked", seed) for seed in (0, 1)]
+    shapes, read_of = [], _Place.read
+
+    def read(place: _Place, rows: slice | None = None) -> torch.Tensor:
+        tensor = read_of(place, rows)
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    monkeypatch.setattr(_Place, "read", read)
+    tables(*sides)
+    assert [shape for shape in shapes if len(shape) == 3] == [(1, D, 24)] * 6
 
 
 def small_moe() -> Qwen3MoeForCausalLM:
