@@ -1,6 +1,6 @@
 """Changes of weights, weighed, cut to a rank and added up: one tensor at a time, never two models in memory.
 
-    edited change of a tensor = Σ over finetunes of  w(block, part) · cut(ΔW),        ΔW = W_tuned − W_base
+    edited change of a tensor = Σ over finetunes of  w(block, part) · turn(cut(ΔW)),        ΔW = W_tuned − W_base
     leading k directions = U_k (U_kᵀ ΔW),    kept as  B' = U_k √S,  A' = √S V_kᵀ        rest = ΔW − leading
 
 Changes of low rank stay factors, and their sum is exact: [w₁B₁, w₂B₂] and [A₁; A₂]. A change that is no matrix (norms,
@@ -21,6 +21,7 @@ from diffing_core.lazy import torch
 from diffing_core.spectra import Factors, Spectrum, of_dense
 from diffing_core.tensor_names import EMBEDDINGS, Part, model_order, place_of
 from diffing_core.weight_edits.specification import LayerAmplification, resolve
+from diffing_core.weight_edits.turning import turned
 from diffing_core.weight_files import OpenSide, WeightSide
 from diffing_core.weights import OpenPair, TensorDelta, WeightPair
 
@@ -38,6 +39,7 @@ class Term:
     rank: int | None = None
     residual: bool = False
     keep_norm: bool = False
+    turn_seed: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +136,8 @@ def _weighed(term: Term) -> Iterator[EditedTensor]:
         change = _cut(change_of(delta), term)
         if change is None or _is_nothing(change):
             continue
+        if term.turn_seed is not None:
+            change = turned(change, term.turn_seed, delta.name, delta.expert)
         scaled = _scaled(change, weight)
         heads_too = head_follows and delta.pair is not None and delta.name in EMBEDDINGS
         given = {"factors": scaled} if isinstance(change, Factors) else {"change": scaled}
