@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from diffing_core.checkpoints import load_tokenizer
+from diffing_core.checkpoints import has_tokenizer, load_tokenizer
 from diffing_core.lazy import torch
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Registry, Source, Weights
@@ -77,13 +77,24 @@ class WeightPair:
         """The base model's tokenizer."""
         return load_tokenizer(self.tokenizer_folder, self.entry, remote_code=self.entry.trust_remote_code)
 
+    def tokenizer_of(self, side: WeightSide) -> Any:
+        """The tokenizer that lies beside one side's weights, which may know more tokens; else the base model's."""
+        found = (folder for folder in (*reversed(side.adapters), side.folder) if has_tokenizer(folder))
+        folder = next(found, self.tokenizer_folder)
+        return load_tokenizer(folder, self.entry, remote_code=self.entry.trust_remote_code)
+
 
 @dataclass(frozen=True, eq=False)
 class DensePair:
-    """Both tensors in float32, subtracted only after the cast."""
+    """Both tensors in float32, subtracted only after the cast; of a resized vocabulary the common rows.
+
+    `only_base`, `only_tuned`: the rows that follow on one side; None where both have as many.
+    """
 
     base: Any
     tuned: Any
+    only_base: Any = None
+    only_tuned: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,11 +182,9 @@ class OpenPair:
             factors = _difference(name, base, tuned)
             return TensorDelta(*named, factors.shape, lambda: self._before(name, flip=flip), factors, flipped=flip)
         before, after = self._before(name, flip=flip, expert=expert), tuned.dense(name, flip=flip, expert=expert)
-        n_left_out = abs(len(before) - len(after)) if before.ndim else 0
-        if n_left_out:
-            before, after = before[: len(after)], after[: len(before)]
-        pair = DensePair(before, after)
-        return TensorDelta(*named, tuple(before.shape), lambda: before, None, pair, n_left_out, flip, expert)
+        pair = _aligned(before, after) if before.ndim else DensePair(before, after)
+        n_left_out = sum(len(rows) for rows in (pair.only_base, pair.only_tuned) if rows is not None)
+        return TensorDelta(*named, tuple(pair.base.shape), lambda: pair.base, None, pair, n_left_out, flip, expert)
 
 
 def weight_stream(pair: WeightPair) -> Iterator[TensorDelta]:
@@ -205,6 +214,13 @@ def _matched(base: OpenSide, tuned: OpenSide) -> tuple[list[str], list[Unmatched
         else:
             unmatched.append(Unmatched(name, "other_shape", after.shape))
     return matched, unmatched
+
+
+def _aligned(before: Any, after: Any) -> DensePair:
+    """Common rows beside each other, the others apart."""
+    n = min(len(before), len(after))
+    rest = [rows[n:] if len(rows) > n else None for rows in (before, after)]
+    return DensePair(before[:n], after[:n], *rest)
 
 
 def _resized(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:

@@ -191,14 +191,17 @@ VOCABULARY = TableSpec(
 )
 TOKEN_ROWS = TableSpec(
     "weight_diff_token_rows",
-    "Tokens whose row of the embedding or the head changed most.",
+    "Tokens whose row of the embedding or the head changed most, and those of a resized vocabulary that only one side has.",
     ("name", "token_id"),
     (
         Column("name", "string", "Tensor.", role="key"),
         Column("token_id", "int32", "Vocabulary index.", role="key"),
-        Column("token", "string", "The token as text."),
-        _effect("own_row_norm", "Length of the row's change without the mean change of all rows: what ranks the rows."),
-        _effect("row_norm", "Length of the row's change."),
-        _effect("relative_row_norm", "Over the length of the base's row; null where that is zero."),
+        Column("token", "string", "The token as text; empty where no tokenizer knows it, as with padding."),
+        Column("kind", "string", "changed; added: only the tuned model has the row; removed: only the base has it."),
+        _effect("own_row_norm", "Length of the row's change without the mean change of all rows, what ranks changed rows; else null."),
+        _effect("row_norm", "Length of the row's change; of an added or removed row, its own length."),
+        _effect("relative_row_norm", "Over the length of the base's row; null where that is zero, or there is none."),
+        _effect("norm_from_mean", "Distance of an added or removed row from the mean of its side's common rows, at which new rows "
+                "often begin: what ranks them; null for changed rows."),
     ),
 )

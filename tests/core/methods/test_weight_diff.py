@@ -167,6 +167,33 @@ def test_embedding_rows_that_changed_most_are_named(base, tmp_path):
     assert found[0]["row_norm"] == pytest.approx(0.5 * D**0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_rows_that_only_one_side_has_are_listed_beside_the_common_ones(base, tmp_path, swapped):
+    """Three added rows: one as long as it is new, one at the mean of the common rows, as untrained ones are, and one of zeros."""
+    def grow(weights):
+        rows = weights["model.embed_tokens.weight"]
+        rows[11] += 0.2
+        added = torch.stack([torch.full((D,), 2.0), rows.mean(0), torch.zeros(D)])
+        weights["model.embed_tokens.weight"] = torch.cat([rows, added])
+
+    tuned = full(base, tmp_path / "t", grow)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer.add_tokens(["brandnew", "untrained"])
+    tokenizer.save_pretrained(tuned)
+    found = tables(tuned, base) if swapped else tables(base, tuned)
+    rows = found[TOKEN_ROWS.name].to_pylist()
+    changed = [row for row in rows if row["kind"] == "changed"]
+    assert [row["token"] for row in changed] == ["word11"] and changed[0]["norm_from_mean"] is None
+    new, mean = (row for row in rows if row["kind"] == ("removed" if swapped else "added"))
+    assert (new["token_id"], mean["token_id"]) == (V, V + 1)
+    assert (new["token"], mean["token"]) == ("brandnew", "untrained")
+    assert new["row_norm"] == pytest.approx(2 * D**0.5) and new["own_row_norm"] is new["relative_row_norm"] is None
+    assert mean["norm_from_mean"] == pytest.approx(0, abs=1e-6)
+    assert new["norm_from_mean"] > 5
+    [tensor] = [row for row in found[TENSORS.name].to_pylist() if row["part"] == "embed"]
+    assert tensor["n_rows_left_out"] == 3 and tensor["shape"] == [V, D]
+
+
 def assert_no_effect(found: dict[str, pa.Table]) -> None:
     for spec in METHOD.tables:
         for column in spec.columns:
