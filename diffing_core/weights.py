@@ -123,6 +123,11 @@ class TensorDelta:
     flipped: bool = False
     expert: int | None = None
 
+    @property
+    def title(self) -> str:
+        """The tensor's name, with the number of the expert."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
     def __post_init__(self) -> None:
         if (self.factors is None) == (self.pair is None):
             raise TypeError(f"delta of {self.name}: give factors or a dense pair, not both or neither")

@@ -21,7 +21,6 @@ Files of the diffing-toolkit are read as they are: `organism_name` is the organi
 is a repository, a folder, or null for the finetune of the pair at hand.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -276,24 +275,9 @@ def resolve(amplifications: tuple[LayerAmplification, ...], n_layers: int) -> Ch
 
 
 def uniform(weight: float) -> tuple[LayerAmplification, ...]:
-    """The same weight everywhere: interpolation, negation, a step of a grid."""
+    """The same weight everywhere: interpolation and negation."""
     module = ModuleAmplification(weight=weight)
     return (LayerAmplification(layers="all", module_amplifications=(module,)),)
-
-
-def grid(edit: WeightEdit, weights: Sequence[float]) -> list[WeightEdit]:
-    """The same sum with every change at each weight in turn (task arithmetic's λ); layers and modules are not told apart."""
-    return [
-        edit.model_copy(
-            update={
-                "name": f"{edit.name}-{weight:g}",
-                "adapters": tuple(
-                    each.model_copy(update={"layer_amplifications": uniform(weight)}) for each in edit.adapters
-                ),
-            }
-        )
-        for weight in weights
-    ]
 
 
 @cache

@@ -14,7 +14,7 @@ from diffing_core.errors import NotComputableError, RegistryError, UndeclaredNee
 from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
-from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, grid, uniform, write_edit
+from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, uniform, write_edit
 from diffing_core.weight_edits import checkpoint_folder as writer
 from diffing_core.weight_edits.changes import edited_tensors, leading
 from diffing_core.weight_edits.folders import NOTE_FILE
@@ -128,13 +128,6 @@ def test_several_adapters_of_different_rank_and_modules_are_added_exactly(home: 
     assert config["r"] == config["lora_alpha"] == 2 + 3 + 2
     assert set(config["rank_pattern"].values()) == {2, 3, 4}
     assert config["rank_pattern"] == config["alpha_pattern"]
-
-
-def test_a_grid_of_weights_moves_all_changes_together(home: Home, tmp_path: Path) -> None:
-    for edit, weight in zip(grid(spec(one=1.0, two=1.0), [-0.5, 1.5]), [-0.5, 1.5], strict=True):
-        folder = write_edit(edit, "tiny", home.registry, tmp_path)
-        assert folder.name.startswith(f"edit-{weight}-")
-        assert_same(loaded(home, folder), combined(home, one=weight, two=weight))
 
 
 def test_whoever_ignores_the_patterns_still_scales_by_one(home: Home, tmp_path: Path) -> None:

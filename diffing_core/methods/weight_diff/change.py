@@ -124,7 +124,7 @@ def spectrum_rows(change: Change, n_leading: int) -> list[dict[str, Any]]:
         return []
     sigma_K, share_K = change.spectrum.sigma_K[:n_leading], change.spectrum.energy_shares_K[:n_leading]
     values = zip(sigma_K.tolist(), share_K.tolist(), share_K.cumsum(0).clamp(max=1).tolist(), strict=True)
-    place = {"name": change.delta.name, "expert": change.delta.expert}
+    place = {"name": change.delta.name, "expert": change.delta.expert, "title": change.delta.title}
     return [
         place | {"direction": number, "sigma": sigma, "energy_share": share, "energy_up_to": total}
         for number, (sigma, share, total) in enumerate(values, 1)

@@ -123,6 +123,7 @@ SPECTRUM = TableSpec(
         Column("name", "string", "Tensor.", role="key"),
         EXPERT,
         Column("direction", "int32", "1 is the largest.", role="key", low=1),
+        Column("title", "string", "The tensor with the number of its expert, as figures name it."),
         _effect("sigma", "Singular value of ΔW."),
         _effect("energy_share", "σ² / ‖ΔW‖_F²."),
         _effect("energy_up_to", "Sum of the energy shares up to this direction."),

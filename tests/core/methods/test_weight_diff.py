@@ -27,6 +27,7 @@ from diffing_core.methods.weight_diff import (
     headline,
     run,
 )
+from diffing_core.methods.weight_diff.figures import FIGURES
 from diffing_core.weight_files import _Place
 from diffing_core.weights import WeightPair
 from tests.weight_toys import gpt2, save, trained
@@ -350,6 +351,7 @@ def test_a_stacked_expert_has_the_rows_of_one_that_is_stored_alone(base, tmp_pat
         for one, other in zip(there, here, strict=True):
             for row in (one, other):
                 row["name"] = str(row.get("name", "")).replace(".weight", "")
+                row.pop("title", None)
                 row.pop("strongest_module", None)
             if "experts" in one["name"]:
                 expert = int(one["name"].split(".")[4])
@@ -359,6 +361,8 @@ def test_a_stacked_expert_has_the_rows_of_one_that_is_stored_alone(base, tmp_pat
                 assert other[name] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), name
     spectra = {row["expert"] for row in stacked[SPECTRUM.name].to_pylist()}
     assert spectra == {0, 1, 2}
+    lines = next(each for each in FIGURES if each.table is SPECTRUM).series(stacked)
+    assert set(lines) == {f"layers.0.mlp.experts.down_proj[{expert}]" for expert in range(3)}
     strongest = set(stacked[VOCABULARY.name]["strongest_module"].to_pylist())
     assert strongest <= {f"layers.0.mlp.experts.down_proj[{expert}]" for expert in range(3)}
     modules = [each for each in findings(stacked, SETTINGS) if each.kind == "module"]
