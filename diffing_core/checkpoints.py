@@ -81,6 +81,11 @@ def load_tokenizer(folder: Path, entry: Model, *, remote_code: bool = False) -> 
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
 def token_id(tokenizer: Any, token: str, what: str) -> int:
     """Id of a vocabulary entry, or of the one token that a text is.
 
@@ -100,7 +105,7 @@ def compare_tokenizer(base: Any, folder: Path, entry: Model, *, remote_code: boo
     Raises:
         ModelLoadError: an id means one token in the base and another in the finetune.
     """
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return ()
     base_tokens, tuned_tokens = (
         {number: token for token, number in tokenizer.get_vocab().items()}

@@ -9,8 +9,11 @@ nodes μ has at most the mass w_l + w_{l+1} (Chebyshev, Markov and Stieltjes), a
     match² <= max_l (w_l + w_{l+1})
 
 A vector that the base has stands alone in μ, and the bound is tight; one that lies across many of the base's bulk is
-bounded by the share of it that falls between three nodes. Of a matrix with more outputs than inputs, W₀W₀ᵀ has a null space
-whose mass no node near 0 is told from; no bound is given there.
+bounded by the share of it that falls between three nodes.
+
+With more outputs than inputs W₀W₀ᵀ has a null space, and a new direction lies mostly there: no node near 0 tells that mass
+from a small σ_i's. It is taken out first: W₀ = Q R, and the part Qᵀu of u in W₀'s column space has the same c_i in R Rᵀ,
+whose steps are on the smaller side.
 
 Suffixes: M rows (outputs), N columns (inputs), K vectors, S steps.
 Reference: Shuttleworth et al. 2024 (intruder dimensions), arXiv 2410.21228; Golub and Meurant 2010 (Lanczos and quadrature).
@@ -49,40 +52,60 @@ def match_of_leading(base_MN: Any, tuned_MN: Any, n_leading: int) -> tuple[Any, 
 
 
 def bounded_match_of_leading(base_MN: Any, tuned_MN: Any, n_leading: int, n_steps: int, seed: int) -> tuple[Any, Any]:
-    """The leading left singular vectors of `tuned`, M <= N: σ_k, and a number that max_i |⟨u_k, u_i⟩| does not exceed.
+    """The leading left singular vectors of `tuned`: σ_k, and a number that max_i |⟨u_k, u_i⟩| does not exceed.
 
-    Costs two products with W₀ of K columns a step, and some hundred with W_tuned of one column.
+    Costs two products with W₀ (M > N: its QR, then with R) of K columns a step, and some hundred with W_tuned of one column.
     """
     sigma_K, left_MK = _leading(tuned_MN, n_leading, seed)
     if not base_MN.any():
         return sigma_K, torch.zeros_like(sigma_K)
-    alpha_SK, beta_SK = _lanczos(base_MN, left_MK, n_steps)
-    match = [_largest_mass(alpha_SK[:, k], beta_SK[:, k]) ** 0.5 for k in range(len(sigma_K))]
-    return sigma_K, torch.tensor(match, dtype=torch.float64)
+    square, start_K = _in_column_space(base_MN, left_MK) if len(base_MN) > base_MN.shape[1] else (base_MN, left_MK)
+    alpha_SK, beta_SK = _lanczos(square, start_K, n_steps)
+    mass_K = torch.tensor([_largest_mass(alpha_SK[:, k], beta_SK[:, k]) for k in range(len(sigma_K))], dtype=torch.float64)
+    return sigma_K, (start_K.square().sum(0).clamp(max=1) * mass_K).sqrt()
+
+
+def _in_column_space(matrix_MN: Any, left_MK: Any) -> tuple[Any, Any]:
+    """R [N, N] of W = Q R, M > N, and Qᵀ of the vectors [N, K]: what W Wᵀ and they are in W's column space.
+
+    Rows are taken in a few at a time, and Q is never formed: R of [R so far; next rows] is R of all of them.
+    """
+    n = matrix_MN.shape[1]
+    at_once = max(n, ROWS_AT_ONCE)
+    upper_NN, inside_NK = matrix_MN[:0], left_MK[:0].float()
+    for rows, vectors in zip(matrix_MN.split(at_once), left_MK.float().split(at_once), strict=True):
+        packed, tau_N = torch.geqrf(torch.cat([upper_NN, rows]))
+        inside_NK = torch.ormqr(packed, tau_N, torch.cat([inside_NK, vectors]), left=True, transpose=True)[:n]
+        upper_NN = packed[:n].triu()
+    return upper_NN, inside_NK.double()
 
 
 def _leading(matrix_MN: Any, n_leading: int, seed: int) -> tuple[Any, Any]:
-    """Leading singular values and left vectors, float64, by restarted Lanczos."""
+    """Leading singular values and left vectors, float64, by restarted Lanczos on the smaller side."""
     from scipy.sparse.linalg import LinearOperator, eigsh
 
-    def gram(vector_M: np.ndarray) -> np.ndarray:
-        return (matrix_MN @ (matrix_MN.T @ torch.as_tensor(vector_M.reshape(-1)).float())).double().numpy()
+    is_tall = len(matrix_MN) > matrix_MN.shape[1]
+    wide = matrix_MN.T if is_tall else matrix_MN
 
-    m = len(matrix_MN)
-    k = min(n_leading, m - 1)
-    start_M = np.random.default_rng(seed).standard_normal(m)
-    operator = LinearOperator((m, m), matvec=gram, dtype=np.float64)
-    squares_K, left_MK = eigsh(operator, k, v0=start_M, tol=_TOLERANCE, ncv=min(m, max(4 * k, 40)))
+    def gram(vector: np.ndarray) -> np.ndarray:
+        return (wide @ (wide.T @ torch.as_tensor(vector.reshape(-1)).float())).double().numpy()
+
+    side = len(wide)
+    k = min(n_leading, side - 1)
+    start = np.random.default_rng(seed).standard_normal(side)
+    operator = LinearOperator((side, side), matvec=gram, dtype=np.float64)
+    squares_K, vectors = eigsh(operator, k, v0=start, tol=_TOLERANCE, ncv=min(side, max(4 * k, 40)))
     order = np.argsort(-squares_K)
     sigma_K = torch.as_tensor(squares_K[order].clip(min=0)).sqrt()
-    return sigma_K, torch.as_tensor(left_MK[:, order].copy())
+    vectors = torch.as_tensor(vectors[:, order].copy())
+    return sigma_K, torch.nn.functional.normalize((matrix_MN @ vectors.float()).double(), dim=0) if is_tall else vectors
 
 
 def _lanczos(matrix_MN: Any, start_MK: Any, n_steps: int) -> tuple[Any, Any]:
     """α and β of K recurrences on W Wᵀ at once, [S, K] each, reorthogonalised; β is 0 where a Krylov space ends."""
     vectors_SMK = torch.zeros(n_steps, *start_MK.shape, dtype=torch.float64)
     alpha_SK, beta_SK = (torch.zeros(n_steps, start_MK.shape[1], dtype=torch.float64) for _ in range(2))
-    vectors_SMK[0] = start_MK / start_MK.norm(dim=0)
+    vectors_SMK[0] = torch.nn.functional.normalize(start_MK, dim=0)
     for step in range(n_steps):
         now_MK = vectors_SMK[step]
         next_MK = (matrix_MN @ (matrix_MN.T @ now_MK.float())).double()

@@ -84,7 +84,7 @@ class _Checkpoint:
             return True
         if self._places[self.head].shape != self._places[self._embedding].shape:
             return False
-        same_start = torch.equal(*(self._places[name].read(8) for name in (self.head, self._embedding)))
+        same_start = torch.equal(*(self._places[name].read(slice(8)) for name in (self.head, self._embedding)))
         return same_start and torch.equal(*(self._places[name].read() for name in (self.head, self._embedding)))
 
     def names(self) -> set[str]:
@@ -133,10 +133,10 @@ class _Place:
     key: str
     shape: tuple[int, ...]
 
-    def read(self, rows: int | None = None) -> Any:
-        """The tensor as stored, or its first rows."""
+    def read(self, rows: slice | None = None) -> Any:
+        """The tensor as stored, or these rows of it, without the others."""
         with safe_open(self.file, "pt") as tensors:
-            tensor = tensors.get_tensor(self.key) if rows is None else tensors.get_slice(self.key)[:rows]
+            tensor = tensors.get_tensor(self.key) if rows is None else tensors.get_slice(self.key)[rows]
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelLoadError(f"{self.file}: tensor {self.key} holds NaN or infinite values; save it again")
         return tensor
@@ -239,9 +239,10 @@ class OpenSide:
         """Where the tensor without its low-rank changes lies."""
         return self.saved.get(name) or self.checkpoint.place(name)
 
-    def dense(self, name: str, *, flip: bool = False) -> Any:
-        """The whole tensor in float32, transposed if asked, adapters added."""
-        tensor = self.place(name).read().float()
+    def dense(self, name: str, *, flip: bool = False, expert: int | None = None) -> Any:
+        """The whole tensor in float32, or one expert of those that it stacks; transposed if asked, adapters added."""
+        place = self.place(name)
+        tensor = place.read().float() if expert is None else place.read(slice(expert, expert + 1))[0].float()
         tensor = tensor.mT if flip else tensor
         for adapter in self.adapters.values():
             tensor = adapter.applied(name, tensor)

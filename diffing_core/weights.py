@@ -1,7 +1,7 @@
 """What a finetune changed in the weights: one TensorDelta at a time, read from safetensors, no model built.
 
-    weight_stream(pair)     -> TensorDelta of every tensor that may differ
-    OpenPair(pair)          -> the same by name: `names`, `delta(name)`, and `unmatched`, which only one side has or which
+    weight_stream(pair)     -> TensorDelta of every tensor that may differ, experts that one tensor stacks one by one
+    OpenPair(pair)          -> the same by name: `names`, `deltas(name)`, and `unmatched`, which only one side has or which
                                cannot be laid over each other
 
 ΔW = tuned − base. A LoRA adapter gives its factors (see weight_files.py), and never the product; against another
@@ -12,13 +12,13 @@ Matrices are oriented as y = W x, rows are outputs; embeddings and heads have a 
 Suffixes: M rows (outputs), N columns (inputs), R rank.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from diffing_core.checkpoints import load_tokenizer
+from diffing_core.checkpoints import has_tokenizer, load_tokenizer
 from diffing_core.lazy import torch
 from diffing_core.pairs import Pair
 from diffing_core.registry import Model, Registry, Source, Weights
@@ -77,13 +77,24 @@ class WeightPair:
         """The base model's tokenizer."""
         return load_tokenizer(self.tokenizer_folder, self.entry, remote_code=self.entry.trust_remote_code)
 
+    def tokenizer_of(self, side: WeightSide) -> Any:
+        """The tokenizer that lies beside one side's weights, which may know more tokens; else the base model's."""
+        found = (folder for folder in (*reversed(side.adapters), side.folder) if has_tokenizer(folder))
+        folder = next(found, self.tokenizer_folder)
+        return load_tokenizer(folder, self.entry, remote_code=self.entry.trust_remote_code)
+
 
 @dataclass(frozen=True, eq=False)
 class DensePair:
-    """Both tensors in float32, subtracted only after the cast."""
+    """Both tensors in float32, subtracted only after the cast; of a resized vocabulary the common rows.
+
+    `only_base`, `only_tuned`: the rows that follow on one side; None where both have as many.
+    """
 
     base: Any
     tuned: Any
+    only_base: Any = None
+    only_tuned: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +123,10 @@ class TensorDelta:
     flipped: bool = False
     expert: int | None = None
 
-    def matrices(self) -> Iterator["TensorDelta"]:
-        """A stack of experts [E, M, N] as one matrix after the other; anything else as it is."""
-        if len(self.shape) != 3 or self.part != "mlp":
-            yield self
-            return
-        for expert, (before, after) in enumerate(zip(self.pair.base, self.pair.tuned, strict=True)):
-            own = {"shape": self.shape[1:], "pair": DensePair(before, after), "load_base": lambda before=before: before}
-            yield replace(self, expert=expert, **own)
+    @property
+    def title(self) -> str:
+        """The tensor's name, with the number of the expert."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
     def __post_init__(self) -> None:
         if (self.factors is None) == (self.pair is None):
@@ -156,8 +163,18 @@ class OpenPair:
         self._before = shared._before if shared else lru_cache(maxsize=1)(self._base.dense)
         self.names, self.unmatched = _matched(self._base, self._tuned)
 
-    def delta(self, name: str) -> TensorDelta:
-        """The change of one of `names`.
+    def experts(self, name: str) -> Sequence[int | None]:
+        """Numbers of the experts that one of `names` stacks [E, M, N]; of any other tensor None alone, itself."""
+        shape = self._base.place(name).shape
+        return range(shape[0]) if len(shape) == 3 and place_of(name)[1] == "mlp" else (None,)
+
+    def deltas(self, name: str) -> Iterator[TensorDelta]:
+        """The change of one of `names`, expert by expert; raises as `delta`."""
+        for expert in self.experts(name):
+            yield self.delta(name, expert)
+
+    def delta(self, name: str, expert: int | None = None) -> TensorDelta:
+        """The change of one of `names`, or of one of its experts, of which no other is read.
 
         Raises:
             ModelLoadError: the tensor holds NaN or infinite values.
@@ -169,18 +186,17 @@ class OpenPair:
         if stored_once and base.is_low_rank(name) and tuned.is_low_rank(name):
             factors = _difference(name, base, tuned)
             return TensorDelta(*named, factors.shape, lambda: self._before(name, flip=flip), factors, flipped=flip)
-        before, after = self._before(name, flip=flip), tuned.dense(name, flip=flip)
-        n_left_out = abs(len(before) - len(after)) if before.ndim else 0
-        if n_left_out:
-            before, after = before[: len(after)], after[: len(before)]
-        return TensorDelta(*named, tuple(before.shape), lambda: before, None, DensePair(before, after), n_left_out, flip)
+        before, after = self._before(name, flip=flip, expert=expert), tuned.dense(name, flip=flip, expert=expert)
+        pair = _aligned(before, after) if before.ndim else DensePair(before, after)
+        n_left_out = sum(len(rows) for rows in (pair.only_base, pair.only_tuned) if rows is not None)
+        return TensorDelta(*named, tuple(pair.base.shape), lambda: pair.base, None, pair, n_left_out, flip, expert)
 
 
 def weight_stream(pair: WeightPair) -> Iterator[TensorDelta]:
-    """Every tensor that may differ, in the order of the model; raises as `OpenPair`."""
+    """Every tensor that may differ, in the order of the model, expert by expert; raises as `OpenPair`."""
     opened = OpenPair(pair)
     for name in opened.names:
-        yield opened.delta(name)
+        yield from opened.deltas(name)
 
 
 def _matched(base: OpenSide, tuned: OpenSide) -> tuple[list[str], list[Unmatched]]:
@@ -203,6 +219,13 @@ def _matched(base: OpenSide, tuned: OpenSide) -> tuple[list[str], list[Unmatched
         else:
             unmatched.append(Unmatched(name, "other_shape", after.shape))
     return matched, unmatched
+
+
+def _aligned(before: Any, after: Any) -> DensePair:
+    """Common rows beside each other, the others apart."""
+    n = min(len(before), len(after))
+    rest = [rows[n:] if len(rows) > n else None for rows in (before, after)]
+    return DensePair(before[:n], after[:n], *rest)
 
 
 def _resized(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:

@@ -8,6 +8,9 @@ afterwards to hide it often in the lesser ones. A copy may therefore say what th
 `keep`: each matrix scaled to the norm of its whole change. Changes of norms and biases have no directions; copies are
 without them and rests have them whole.
 
+Block by block, the change of attention or of the MLP is taken away and the rest kept: how much of the way back to the base
+that goes says where the change sits, which its size in the weights does not.
+
 Words are tested for a trend over base, copies and tuned model (word_trends.py) with the energy Σσ² that each has of the
 change as its dose, answer by answer; `z_over_tuned` compares the copies with the tuned model. A copy whose texts are too
 unlikely under the base counts for no trend.
@@ -15,10 +18,11 @@ unlikely under the base counts for no trend.
 Reference: Mantel 1963; Eckart and Young 1936; Roy and Vetterli 2007.
 """
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pyarrow as pa
 from pydantic import Field
@@ -34,14 +38,19 @@ from diffing_core.answers import (
     samples_spec,
     samples_table,
 )
+from diffing_core.figures import Figure
 from diffing_core.findings import Finding
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.methods.kl_rollout import scored
+from diffing_core.methods.weight_diff.declaration import EXPERT
 from diffing_core.models import ModelPair
 from diffing_core.tables import Column, TableSpec
+from diffing_core.tensor_names import Part, place_of
 from diffing_core.weight_edits import Term, edited_subject, uniform
-from diffing_core.weight_edits.changes import change_of, spectrum_of
-from diffing_core.weights import WeightPair, weight_stream
+from diffing_core.weight_edits.changes import change_of, n_layers, spectrum_of
+from diffing_core.weight_edits.folders import is_low_rank
+from diffing_core.weight_edits.specification import LayerAmplification, ModuleAmplification
+from diffing_core.weights import OpenPair, WeightPair, weight_stream
 from diffing_core.word_trends import word_trends
 
 NATS = "nats/token"
@@ -61,6 +70,12 @@ class RankTruncationSettings(AskedSettings):
     )
     rests: tuple[Rank, ...] = Field((1,), description="Ranks that are taken away, the rest being asked as a control.")
     kl_samples: int = Field(1, ge=1, description="Of these answers, how many of the tuned model's are where KL is measured.")
+    ablated: tuple[Literal["all", "attention", "mlp"], ...] = Field(
+        ("attention", "mlp"), description="Modules whose change is taken away in one block after the other; none: no ablation."
+    )
+    ablate_checkpoints: bool = Field(
+        False, description="Whether blocks are ablated too where every ablation is a whole checkpoint, which is written and loaded."
+    )
     texts_with_words: bool = Field(True, description="Whether a text is shown only if one of the shown words is in it.")
 
 
@@ -84,9 +99,10 @@ MODELS = TableSpec(
 MODULES = TableSpec(
     "rank_truncation_modules",
     "On how few directions the change of each matrix lies, and what each rank keeps of it.",
-    ("name", "rank"),
+    ("name", "expert", "rank"),
     (
         Column("name", "string", "Tensor.", role="key"),
+        EXPERT,
         Column("rank", "int32", "Directions kept.", role="key", low=1),
         Column("layer", "int32", "Block, from 0; null outside of blocks.", nullable=True),
         Column("part", "string", "attn, mlp, norm, embed, head or other."),
@@ -95,6 +111,18 @@ MODULES = TableSpec(
         Column("energy_share", "float64", "Share of ‖ΔW‖_F² in the leading directions.", "", "effect", low=0, high=1.0001),
     ),
 )
+BLOCKS = TableSpec(
+    "rank_truncation_blocks",
+    "How far the tuned model goes back towards the base if the change of one block's modules is taken away, all others staying.",
+    ("layer", "modules"),
+    (
+        Column("layer", "int32", "Block, from 0.", role="key", low=0),
+        Column("modules", "string", "attention, mlp or all of the block.", role="key"),
+        Column("kl_nats", "float64", "Mean KL(tuned ‖ model) where the tuned model's texts go.", NATS, "effect", low=0),
+        Column("share_lost", "float64", "kl_nats over that of the base; null where the base has none.", "", "effect",
+               nullable=True, low=0),
+    ),
+)  # fmt: skip
 SAMPLES = samples_spec("rank_truncation")
 COHERENCE = coherence_spec("rank_truncation")
 WORDS = TableSpec(
@@ -168,7 +196,9 @@ def run(inputs: Inputs, settings: RankTruncationSettings) -> Tables:
     kept = [each.is_language_beside(answers[1], settings.max_loss_nats) for each in answers[2:]]
     counted = [cut.name for cut, is_kept in zip(edits, kept, strict=True) if is_kept and cut.kind == COPY]
     words, z = _words_table(answers, edits, [(each, energies[each]) for each in counted], settings.min_samples)
+    blocks = _blocks(pair, files, written, distances["base"][0], settings)
     return {
+        BLOCKS.name: BLOCKS.table({name: [row[name] for row in blocks] for name in BLOCKS.schema.names}),
         MODELS.name: _models_table(edits, distances, energies, counted),
         MODULES.name: MODULES.table({name: [row[name] for row in modules] for name in MODULES.schema.names}),
         SAMPLES.name: samples_table(SAMPLES, answers, pair, prompts, z),
@@ -214,12 +244,33 @@ def _modules(files: WeightPair, ranks: Sequence[int]) -> list[dict[str, Any]]:
         share_K = spectrum.energy_shares_K
         of_tensor = {
             "name": delta.name,
+            "expert": delta.expert,
             "layer": delta.layer,
             "part": delta.part,
             "frobenius": spectrum.frobenius,
             "stable_rank": spectrum.stable_rank,
         }
         rows += [of_tensor | {"rank": rank, "energy_share": float(share_K[:rank].sum())} for rank in ranks]
+    return rows
+
+
+def _blocks(
+    pair: ModelPair, files: WeightPair, written: Sequence[Any], of_base: float, settings: RankTruncationSettings
+) -> list[dict[str, Any]]:
+    """A row per block and modules; what a finetune does not change is known without a pass."""
+    if not settings.ablate_checkpoints and not is_low_rank([Term(files)]):
+        return []
+    changed = {place_of(name)[:2] for name in OpenPair(files).names}
+    parts = {"attention": {"attn"}, "mlp": {"mlp"}, "all": set(get_args(Part))}
+    rows = []
+    for layer, modules in itertools.product(range(n_layers(files.base)), settings.ablated):
+        kl = 0.0
+        if changed & {(layer, part) for part in parts[modules]}:
+            without = ModuleAmplification(modules=modules, weight=0.0)
+            term = Term(files, (LayerAmplification(layers=layer, module_amplifications=(without,)),))
+            with edited_subject(pair, term) as subject:
+                kl, _ = _distance(replace(pair, base=subject), written)
+        rows.append({"layer": layer, "modules": modules, "kl_nats": kl, "share_lost": kl / of_base if of_base else None})
     return rows
 
 
@@ -300,13 +351,14 @@ def _words_table(
 
 METHOD = Method(
     name="rank_truncation",
-    version="2",
+    version="3",
     kind="live",
     needs=frozenset({Need.MODELS, Need.WEIGHTS}),
     settings=RankTruncationSettings,
-    tables=(MODELS, MODULES, SAMPLES, COHERENCE, WORDS),
+    tables=(MODELS, MODULES, BLOCKS, SAMPLES, COHERENCE, WORDS),
     reference="Mantel 1963; Eckart and Young 1936; Roy and Vetterli 2007",
     findings=findings,
     headline=headline,
     run=run,
+    figures=(Figure("heatmap", "Share lost without the change of one block's modules", BLOCKS, "layer", "share_lost", "modules"),),
 )

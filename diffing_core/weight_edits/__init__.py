@@ -3,6 +3,7 @@
     specification.py    what is to be written, as YAML                     presets.yaml   amplifications that come along
     finetunes.py        the finetunes that it names, as weights on disk
     changes.py          the change of each tensor, weighed and added up    merging.py     TIES, DARE and others, by PEFT
+    turning.py          a change with directions at random, as a control
     adapter_folder.py   low-rank changes -> a PEFT folder                  checkpoint_folder.py   others -> a checkpoint
     folders.py          whole edits: named by content, atomic, with a note of what they were made of
     running.py          an edited model as a Subject, for as long as a `with` block lasts
@@ -19,7 +20,6 @@ from diffing_core.weight_edits.specification import (
     Amplification,
     WeightEdit,
     amplified,
-    grid,
     preset,
     presets,
     read_specification,
@@ -35,7 +35,6 @@ __all__ = [
     "WeightEdit",
     "amplified",
     "edited_subject",
-    "grid",
     "preset",
     "presets",
     "read_specification",

@@ -1,6 +1,6 @@
 """Changes of weights, weighed, cut to a rank and added up: one tensor at a time, never two models in memory.
 
-    edited change of a tensor = Σ over finetunes of  w(block, part) · cut(ΔW),        ΔW = W_tuned − W_base
+    edited change of a tensor = Σ over finetunes of  w(block, part) · turn(cut(ΔW)),        ΔW = W_tuned − W_base
     leading k directions = U_k (U_kᵀ ΔW),    kept as  B' = U_k √S,  A' = √S V_kᵀ        rest = ΔW − leading
 
 Changes of low rank stay factors, and their sum is exact: [w₁B₁, w₂B₂] and [A₁; A₂]. A change that is no matrix (norms,
@@ -21,8 +21,9 @@ from diffing_core.lazy import torch
 from diffing_core.spectra import Factors, Spectrum, of_dense
 from diffing_core.tensor_names import EMBEDDINGS, Part, model_order, place_of
 from diffing_core.weight_edits.specification import LayerAmplification, resolve
+from diffing_core.weight_edits.turning import turned
 from diffing_core.weight_files import OpenSide, WeightSide
-from diffing_core.weights import TensorDelta, WeightPair, weight_stream
+from diffing_core.weights import OpenPair, TensorDelta, WeightPair
 
 EXACT_SIDE = 1024
 ROUNDING = 1e-5  # of a change: what is left of it beyond its rank is noise of float32
@@ -38,18 +39,21 @@ class Term:
     rank: int | None = None
     residual: bool = False
     keep_norm: bool = False
+    turn_seed: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class EditedTensor:
-    """What is added to one tensor of the base, oriented as y = W x: factors or, where there are none, the whole change.
+    """What is added to one tensor of the base, or to one of the experts that it stacks, oriented as y = W x.
 
+    Factors or, where there are none, the whole change.
     `heads_too`: it changes an embedding that is also the head.
     """
 
     name: str
     layer: int | None
     part: Part
+    expert: int | None = None
     flipped: bool = False
     factors: Factors | None = None
     change: Any = None
@@ -91,8 +95,8 @@ def edited_tensors(terms: Sequence[Term]) -> Iterator[EditedTensor]:
     if len(folders) != 1:
         raise NotComputableError(f"changes of different bases cannot be added: {sorted(map(str, folders))}; name one model")
     streams = (_weighed(term) for term in terms)
-    in_order = heapq.merge(*streams, key=lambda each: model_order(each.name))
-    for _, same in itertools.groupby(in_order, key=lambda each: each.name):
+    in_order = heapq.merge(*streams, key=lambda each: (model_order(each.name), each.expert or 0))
+    for _, same in itertools.groupby(in_order, key=lambda each: (each.name, each.expert)):
         yield _sum(list(same))
 
 
@@ -127,18 +131,34 @@ def change_of(delta: TensorDelta) -> "Factors | Any":
 
 
 def _weighed(term: Term) -> Iterator[EditedTensor]:
-    weights = resolve(term.amplifications, n_layers(term.pair.base))
     head_follows = _head_follows(term.pair)
-    for delta in weight_stream(term.pair):
-        weight = weights.of(delta.layer, delta.part)
-        change = _cut(change_of(delta), term) if weight else None
+    for delta, weight in weighed_deltas(term):
+        change = _cut(change_of(delta), term)
         if change is None or _is_nothing(change):
             continue
+        if term.turn_seed is not None:
+            change = turned(change, term.turn_seed, delta.name, delta.expert)
         scaled = _scaled(change, weight)
         heads_too = head_follows and delta.pair is not None and delta.name in EMBEDDINGS
-        is_low_rank = isinstance(change, Factors)
-        given = {"factors": scaled} if is_low_rank else {"change": scaled}
-        yield EditedTensor(delta.name, delta.layer, delta.part, delta.flipped, heads_too=heads_too, **given)
+        given = {"factors": scaled} if isinstance(change, Factors) else {"change": scaled}
+        yield EditedTensor(delta.name, delta.layer, delta.part, delta.expert, delta.flipped, heads_too=heads_too, **given)
+
+
+def weighed_names(term: Term, opened: OpenPair) -> Iterator[tuple[str, float]]:
+    """Names of tensors that may change, with the weight of their change, none of weight 0."""
+    weights = resolve(term.amplifications, n_layers(term.pair.base))
+    for name in opened.names:
+        layer, part, _ = place_of(name)
+        if weight := weights.of(layer, part):
+            yield name, weight
+
+
+def weighed_deltas(term: Term) -> Iterator[tuple[TensorDelta, float]]:
+    """Their changes; what has weight 0 is not read."""
+    opened = OpenPair(term.pair)
+    for name, weight in weighed_names(term, opened):
+        for delta in opened.deltas(name):
+            yield delta, weight
 
 
 def _head_follows(pair: WeightPair) -> bool:

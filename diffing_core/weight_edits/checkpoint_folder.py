@@ -4,6 +4,7 @@ Tensors keep the base's keys and number formats; configuration, tokenizer and co
 bounded by one shard and the tensors of one name, whatever the size of the model.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -34,13 +35,13 @@ def _whole(tensors: Iterable[EditedTensor], base: OpenSide, folder: Path) -> Ite
     head_key = checkpoint.stored_key(head)
     done: set[str] = set()
     parted = False  # of a tied pair, only the embedding changes, as with a LoRA on it
-    for each in tensors:
-        done.add(each.name)
-        tensor = _added(base, each)
-        yield checkpoint.stored_key(each.name) or each.name, tensor
-        if each.name in EMBEDDINGS and checkpoint.tied:
-            parted = not each.heads_too
-            if each.heads_too and head_key:
+    for name, edits in itertools.groupby(tensors, key=lambda each: each.name):
+        done.add(name)
+        tensor, heads_too = _edited(base, edits)
+        yield checkpoint.stored_key(name) or name, tensor
+        if name in EMBEDDINGS and checkpoint.tied:
+            parted = not heads_too
+            if heads_too and head_key:
                 done.add(head)
                 yield head_key, tensor.clone()
     if parted and head not in done:
@@ -64,6 +65,18 @@ def _added(base: OpenSide, edited: EditedTensor) -> Any:
     else:
         whole += change
     return (whole.mT if edited.flipped else whole).to(stored.dtype).contiguous()
+
+
+def _edited(base: OpenSide, edits: Iterable[EditedTensor]) -> tuple[Any, bool]:
+    """One tensor with its edit, or a stack of experts with those of each, one expert at a time in float32; `heads_too`."""
+    stack = None
+    for each in edits:
+        if each.expert is None:
+            return _added(base, each), each.heads_too
+        stack = base.place(each.name).read() if stack is None else stack
+        whole = base.dense(each.name, flip=each.flipped, expert=each.expert) + each.dense()
+        stack[each.expert] = (whole.mT if each.flipped else whole).to(stack.dtype)
+    return stack, False
 
 
 class _Shards:

@@ -72,7 +72,7 @@ class Finetunes:
 
 def term_of(adapter: AdapterEdit, pair: WeightPair) -> Term:
     """What an adapter asks to be done to the change of a pair."""
-    return Term(pair, adapter.layer_amplifications, adapter.rank, adapter.residual, adapter.keep_norm)
+    return Term(pair, adapter.layer_amplifications, adapter.rank, adapter.residual, adapter.keep_norm, adapter.turn_seed)
 
 
 def side_revision(side: WeightSide) -> str:

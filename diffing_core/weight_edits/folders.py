@@ -16,13 +16,13 @@ from diffing_core.new_folder import new_folder
 from diffing_core.registry import Registry
 from diffing_core.settings import short_hash
 from diffing_core.weight_edits.adapter_folder import AdaptableModules, write_adapter
-from diffing_core.weight_edits.changes import Term, edited_tensors, registered_base
+from diffing_core.weight_edits.changes import Term, edited_tensors, registered_base, weighed_names
 from diffing_core.weight_edits.checkpoint_folder import write_checkpoint
 from diffing_core.weight_edits.finetunes import Finetunes, side_revision
 from diffing_core.weight_edits.merging import write_merged
 from diffing_core.weight_edits.specification import WeightEdit
 from diffing_core.weight_files import OpenSide, WeightSide
-from diffing_core.weights import WeightPair
+from diffing_core.weights import OpenPair, WeightPair
 
 VERSION = 1  # raise when the code of this package changes what is written
 NOTE_FILE = "weight_edit.json"
@@ -90,8 +90,12 @@ def _own_adapter(pair: WeightPair, base: WeightSide) -> tuple[Term, ...]:
 
 
 def _has_factors(term: Term) -> bool:
-    if term.rank is not None and not term.residual:
+    opened = OpenPair(term.pair)
+    changed = [name for name, _ in weighed_names(term, opened)]
+    if not changed:
         return True
+    if term.rank is not None and not term.residual:
+        return all(opened.experts(name) == (None,) for name in changed)  # no LoRA lies on a stack of experts
     base, tuned = OpenSide(term.pair.base), OpenSide(term.pair.tuned)
     if base.checkpoint.folder != tuned.checkpoint.folder or base.saved or tuned.saved:
         return False

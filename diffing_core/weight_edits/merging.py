@@ -7,13 +7,13 @@ Reference: Yadav et al. 2023 (TIES); Yu et al. 2024 (DARE).
 """
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffing_core.checkpoints import load_module
 from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
+from diffing_core.new_folder import passing_folder
 from diffing_core.weight_edits.adapter_folder import AdaptableModules, write_adapter
 from diffing_core.weight_edits.changes import Term, edited_tensors
 from diffing_core.weight_edits.specification import WeightEdit
@@ -37,8 +37,8 @@ def write_merged(folder: Path, edit: WeightEdit, terms: Sequence[Term]) -> None:
         )
     module = load_module(base, entry, "float32", "cpu", remote_code=entry.trust_remote_code)
     modules = AdaptableModules(module)
-    with tempfile.TemporaryDirectory() as aside:
-        places = [Path(aside, f"term{number}") for number in range(len(terms))]
+    with passing_folder(folder) as aside:
+        places = [aside / f"term{number}" for number in range(len(terms))]
         for place, term in zip(places, terms, strict=True):
             place.mkdir()
             write_adapter(place, edited_tensors([term]), modules, base)
@@ -57,5 +57,5 @@ def write_merged(folder: Path, edit: WeightEdit, terms: Sequence[Term]) -> None:
                 "combine: sum takes any ranks, the kinds that end in svd too"
             ) from error
         peft_model.save_pretrained(aside, selected_adapters=[MERGED])
-        for file in Path(aside, MERGED).glob("adapter_*"):
+        for file in (aside / MERGED).glob("adapter_*"):
             shutil.move(file, folder / file.name)

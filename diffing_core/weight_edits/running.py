@@ -3,10 +3,10 @@
     with edited_subject(pair, Term(weights, uniform(2.0))) as subject: …
 
 A change of low rank becomes one more adapter on the resident base and is taken out again; anything else is written as a
-checkpoint to a temporary folder, loaded beside the pair, and freed. Both go through the folders that everybody gets.
+checkpoint to a passing folder of DIFFING_HOME, loaded beside the pair, and freed. Both go through the folders that everybody
+gets.
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +16,8 @@ from diffing_core.adapters import add_adapter, remove_adapter
 from diffing_core.checkpoints import load_module
 from diffing_core.errors import NotComputableError
 from diffing_core.models import ModelPair
+from diffing_core.new_folder import passing_folder
+from diffing_core.settings import diffing_home
 from diffing_core.subject import Subject
 from diffing_core.weight_edits.adapter_folder import AdaptableModules
 from diffing_core.weight_edits.changes import Term, edited_tensors, registered_base, terms_on_registered_base
@@ -40,13 +42,13 @@ def edited_subject(pair: ModelPair, *terms: Term, merge: WeightEdit | None = Non
     if next(edited_tensors(terms), None) is None:
         yield pair.base
         return
-    with tempfile.TemporaryDirectory() as aside:
+    with passing_folder(diffing_home() / "edited_models") as aside:
         if merge is None or merge.combine == "sum":
-            kind = write_terms(Path(aside), terms_on_registered_base(terms), AdaptableModules(pair.base.plain))
+            kind = write_terms(aside, terms_on_registered_base(terms), AdaptableModules(pair.base.plain))
         else:
             kind = "lora"
-            write_merged(Path(aside), merge, _mergeable(terms, merge))
-        running = _on_resident(pair.base, Path(aside)) if kind == "lora" else _beside(pair, terms[0], Path(aside))
+            write_merged(aside, merge, _mergeable(terms, merge))
+        running = _on_resident(pair.base, aside) if kind == "lora" else _beside(pair, terms[0], aside)
         with running as subject:
             yield subject
 

@@ -9,6 +9,7 @@
             is_relative: true                   # then numbers are fractions of depth
             module_amplifications: [{modules: attention, weight: 2.0}]
         rank: 1                                 # only the leading direction of each matrix; residual: all but it
+        turn_seed: 0                            # a control: as large, with directions at random
 
 A weight multiplies the change ΔW = W_tuned − W_base: 1 is the finetune, 0 the base, −1 its opposite, 0.5 the middle.
 Blocks that nothing names, and modules that a naming leaves out, keep 1. The last naming of a block holds. An adapter
@@ -20,7 +21,6 @@ Files of the diffing-toolkit are read as they are: `organism_name` is the organi
 is a repository, a folder, or null for the finetune of the pair at hand.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -142,6 +142,8 @@ class AdapterEdit(_Entry):
     """With `rank`: everything but the leading directions."""
     keep_norm: bool = False
     """With `rank`: scaled, matrix by matrix, to the Frobenius norm of the whole change."""
+    turn_seed: int | None = Field(None, ge=0)
+    """Turns the directions of every matrix at random and keeps its singular values: a control that was taught nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -173,7 +175,7 @@ class AdapterEdit(_Entry):
     @property
     def does_something(self) -> bool:
         """Whether anything but the finetune as it is was asked for."""
-        return bool(self.layer_amplifications) or self.rank is not None
+        return bool(self.layer_amplifications) or self.rank is not None or self.turn_seed is not None
 
 
 class WeightEdit(_Entry):
@@ -212,9 +214,9 @@ class WeightEdit(_Entry):
         for each in (each for each in self.adapters if each.does_something):
             before = found.get(each.place)
             if before is not None:
-                cuts = [(edit.rank, edit.residual, edit.keep_norm) for edit in (before, each)]
+                cuts = [(edit.rank, edit.residual, edit.keep_norm, edit.turn_seed) for edit in (before, each)]
                 if cuts[0] != cuts[1]:
-                    raise RegistryError(f"{self.name}: adapter {each.place or 'of the pair'} is given with two ranks")
+                    raise RegistryError(f"{self.name}: adapter {each.place or 'of the pair'} is given with two ranks or turns")
                 joined = before.layer_amplifications + each.layer_amplifications
                 each = each.model_copy(update={"layer_amplifications": joined})
             found[each.place] = each
@@ -273,24 +275,9 @@ def resolve(amplifications: tuple[LayerAmplification, ...], n_layers: int) -> Ch
 
 
 def uniform(weight: float) -> tuple[LayerAmplification, ...]:
-    """The same weight everywhere: interpolation, negation, a step of a grid."""
+    """The same weight everywhere: interpolation and negation."""
     module = ModuleAmplification(weight=weight)
     return (LayerAmplification(layers="all", module_amplifications=(module,)),)
-
-
-def grid(edit: WeightEdit, weights: Sequence[float]) -> list[WeightEdit]:
-    """The same sum with every change at each weight in turn (task arithmetic's λ); layers and modules are not told apart."""
-    return [
-        edit.model_copy(
-            update={
-                "name": f"{edit.name}-{weight:g}",
-                "adapters": tuple(
-                    each.model_copy(update={"layer_amplifications": uniform(weight)}) for each in edit.adapters
-                ),
-            }
-        )
-        for weight in weights
-    ]
 
 
 @cache

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffing_core.new_folder import new_folder
+from diffing_core.new_folder import new_folder, passing_folder
 
 
 def make(target: Path, barrier, text: str) -> None:
@@ -35,3 +35,13 @@ def test_what_fails_leaves_nothing_and_a_file_in_the_way_is_told(tmp_path: Path)
     (tmp_path / "made").write_text("a file")
     with pytest.raises(NotADirectoryError), new_folder(tmp_path / "made"):
         pass
+
+
+def test_a_passing_folder_lies_in_its_parent_and_is_gone_afterwards_even_after_an_error(tmp_path: Path) -> None:
+    with passing_folder(tmp_path / "home") as folder:
+        (folder / "weights").write_text("many")
+        assert folder.parent == tmp_path / "home"
+    with pytest.raises(RuntimeError, match="full"), passing_folder(tmp_path / "home") as folder:
+        (folder / "weights").write_text("many")
+        raise RuntimeError("full")
+    assert list((tmp_path / "home").iterdir()) == []

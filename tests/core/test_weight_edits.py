@@ -14,11 +14,11 @@ from diffing_core.errors import NotComputableError, RegistryError, UndeclaredNee
 from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
-from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, grid, uniform, write_edit
+from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, uniform, write_edit
 from diffing_core.weight_edits import checkpoint_folder as writer
 from diffing_core.weight_edits.changes import edited_tensors, leading
 from diffing_core.weight_edits.folders import NOTE_FILE
-from diffing_core.weights import WeightPair
+from diffing_core.weights import OpenPair, WeightPair
 from tests import model_files
 
 TARGETS = ["q_proj", "down_proj"]
@@ -128,13 +128,6 @@ def test_several_adapters_of_different_rank_and_modules_are_added_exactly(home: 
     assert config["r"] == config["lora_alpha"] == 2 + 3 + 2
     assert set(config["rank_pattern"].values()) == {2, 3, 4}
     assert config["rank_pattern"] == config["alpha_pattern"]
-
-
-def test_a_grid_of_weights_moves_all_changes_together(home: Home, tmp_path: Path) -> None:
-    for edit, weight in zip(grid(spec(one=1.0, two=1.0), [-0.5, 1.5]), [-0.5, 1.5], strict=True):
-        folder = write_edit(edit, "tiny", home.registry, tmp_path)
-        assert folder.name.startswith(f"edit-{weight}-")
-        assert_same(loaded(home, folder), combined(home, one=weight, two=weight))
 
 
 def test_whoever_ignores_the_patterns_still_scales_by_one(home: Home, tmp_path: Path) -> None:
@@ -484,3 +477,32 @@ def test_a_change_of_a_single_number_is_added(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     writer.write_checkpoint(tmp_path / "out", edited_tensors([Term(pair, uniform(2.0))]), pair.base)
     assert load_file(tmp_path / "out" / "model.safetensors")["gate"].item() == 6.0
+
+
+def test_a_checkpoint_that_only_runs_is_made_in_the_home_and_not_in_the_systems_temporary_folder(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFING_HOME", str(tmp_path))
+    pair = load_pair(Pair("tiny", "full"), registry=home.registry, device="cpu")
+    with edited_subject(pair, Term(home.pair("full"), uniform(2.0))):
+        [made] = (tmp_path / "edited_models").iterdir()
+        assert (made / "model.safetensors").exists()
+    assert list((tmp_path / "edited_models").iterdir()) == []
+
+
+def test_adapters_alone_run_on_the_resident_base_whatever_the_pair_is(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole finetune's own change has weight 0 there: no checkpoint is written, and none of its matrices is read."""
+    pair = load_pair(Pair("tiny", "full"), registry=home.registry, device="cpu")
+    other = Finetunes("tiny", home.registry).term(spec(two=-0.5).adapters[0])
+    monkeypatch.setattr("diffing_core.weight_edits.folders.write_checkpoint", None)
+    monkeypatch.setattr("diffing_core.weight_edits.running.load_module", None)
+    read_of, read = OpenPair.delta, set()
+    monkeypatch.setattr(OpenPair, "delta", lambda self, *asked: (read.add(self._tuned.checkpoint.folder), read_of(self, *asked))[1])
+    with edited_subject(pair, Term(home.pair("full"), uniform(0.0)), other) as subject, subject.active() as model:
+        found = model(**model_files.tokens()).logits
+    expected = tf.AutoModelForCausalLM.from_pretrained(home.folder("base"))
+    expected.load_state_dict(combined(home, two=-0.5))
+    torch.testing.assert_close(found, logits(expected), atol=1e-4, rtol=1e-4)
+    assert read == {home.folder("base")}

@@ -33,7 +33,7 @@ pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + {LIMIT_MB} * {MEGABYTE}
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 pair = WeightPair.of_folders(Path(sys.argv[1]), Path(sys.argv[2]))
-settings = WeightDiffSettings(exact_side=64, leading=4, directions=2, intruder_side=64)
+settings = WeightDiffSettings(exact_side=64, leading=4, directions=2, intruder_side=64, expert_intruders=False)
 found = run(Inputs(METHOD, {{Need.WEIGHTS: lambda: pair}}), settings)[TENSORS.name]
 assert len(found) == {N_SHARDS * MATRICES_PER_SHARD}, len(found)
 for frobenius, spectral in zip(found["frobenius"].to_pylist(), found["spectral"].to_pylist()):

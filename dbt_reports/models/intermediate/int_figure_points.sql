@@ -157,6 +157,19 @@ union all
 
 select
     run_id, organism, model, variant, corpus, method, 0 as figure,
+    'heatmap' as kind, 'Share lost without the change of one block''s modules' as title,
+    'layer' as x_title, 'share_lost' as value_title,
+    'modules' as series_title, 12 as most, false as is_log,
+    layer::varchar as x, layer::double as x_number,
+    modules::varchar as series, max(share_lost)::double as value,
+from {{ source('raw', 'rank_truncation_blocks') }}
+where layer is not null and modules is not null and share_lost is not null and method = 'rank_truncation'
+group by all
+
+union all
+
+select
+    run_id, organism, model, variant, corpus, method, 0 as figure,
     'bar' as kind, 'Tokens promoted by the latents of the difference' as title,
     'token' as x_title, 'score' as value_title,
     '' as series_title, 20 as most, false as is_log,
@@ -263,11 +276,11 @@ select
     run_id, organism, model, variant, corpus, method, 2 as figure,
     'line' as kind, 'Singular values of the change' as title,
     'direction' as x_title, 'sigma' as value_title,
-    'name' as series_title, 12 as most, true as is_log,
+    'title' as series_title, 12 as most, true as is_log,
     direction::varchar as x, direction::double as x_number,
-    name::varchar as series, max(sigma)::double as value,
+    title::varchar as series, max(sigma)::double as value,
 from {{ source('raw', 'weight_diff_spectrum') }}
-where direction is not null and name is not null and sigma is not null and sigma > 0 and method = 'weight_diff'
+where direction is not null and title is not null and sigma is not null and sigma > 0 and method = 'weight_diff'
 group by all
 
 union all
@@ -276,11 +289,11 @@ select
     run_id, organism, model, variant, corpus, method, 3 as figure,
     'line' as kind, 'Share of a module''s change up to a direction' as title,
     'direction' as x_title, 'energy_up_to' as value_title,
-    'name' as series_title, 12 as most, false as is_log,
+    'title' as series_title, 12 as most, false as is_log,
     direction::varchar as x, direction::double as x_number,
-    name::varchar as series, max(energy_up_to)::double as value,
+    title::varchar as series, max(energy_up_to)::double as value,
 from {{ source('raw', 'weight_diff_spectrum') }}
-where direction is not null and name is not null and energy_up_to is not null and method = 'weight_diff'
+where direction is not null and title is not null and energy_up_to is not null and method = 'weight_diff'
 group by all
 
 union all

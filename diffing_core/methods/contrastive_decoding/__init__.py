@@ -9,6 +9,11 @@ winning by its ratio alone. It comes before the nucleus (after it nothing might 
 the plain texts differ from the amplified ones by α alone: between identical models all arms are one. Each (beginning,
 sample) has the same random numbers in every arm, and the same as `generate` would draw with.
 
+    random direction as the tuned one, with W_base + Q_M ΔW Q_N in the tuned model's place, Q random and orthogonal
+
+That is the null control: the base with a change of the same size and singular values that was taught nothing
+(weight_edits/turning.py), at one α. A finding must be more than what it shows too.
+
 Words of an arm are compared with the plain texts of either model, as `blackbox` compares words: log-odds with a prior and
 its z, exact McNemar test over paired texts. Amplification says what is salient, in many finetunes of a base alike: the
 mart `contrast_specificity` tells which words are raised in one organism only.
@@ -19,6 +24,7 @@ Reference: https://arxiv.org/abs/2605.25902; mask of https://arxiv.org/abs/2210.
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,21 +32,21 @@ import pyarrow as pa
 
 from diffing_core.agents.words import clean
 from diffing_core.findings import Finding
-from diffing_core.generation import Prompt, encode, entropy_of_sample, pad_id, stop_ids
 from diffing_core.methods.base import Inputs, Method, Need, Tables
 from diffing_core.methods.blackbox import SHOWN_CHARACTERS, compare_words, unlikeness
 from diffing_core.methods.contrastive_decoding.declaration import (
     ALPHAS,
     DIRECTIONS,
+    RANDOM,
     SAMPLES,
     WORDS,
     ContrastiveDecodingSettings,
 )
-from diffing_core.methods.contrastive_decoding.decoding import Arm, Drawing, Text, decode
-from diffing_core.models import ModelPair
+from diffing_core.methods.contrastive_decoding.decoding import Arm
+from diffing_core.methods.contrastive_decoding.writing import Written, written
 from diffing_core.tables import TableSpec
 
-_OTHER = {"tuned": "base", "base": "tuned"}
+_OTHER = {"tuned": "base", "base": "tuned", RANDOM: "base"}
 
 
 def run(inputs: Inputs, settings: ContrastiveDecodingSettings) -> Tables:
@@ -49,33 +55,37 @@ def run(inputs: Inputs, settings: ContrastiveDecodingSettings) -> Tables:
     Raises:
         NotComputableError: a beginning is empty and there is no token to begin with.
     """
-    pair: ModelPair = inputs[Need.MODELS]
-    written = _written(pair, settings)
-    texts = {arm: [row["text"] for row in rows] for arm, rows in written.items()}
+    arms = written(inputs, settings)
+    texts = {arm: [row["text"] for row in rows] for arm, rows in arms.items()}
     compared = {
-        (arm, against): compare_words(texts[Arm(against, 0.0)], said, settings)
+        (arm, against): compare_words(texts[other], said, settings)
         for arm, said in texts.items()
-        for against in DIRECTIONS
-        if arm != Arm(against, 0.0)
+        for against, other in _others(arm, texts)
     }
-    for arm, rows in written.items():
+    for arm, rows in arms.items():
         words = compared[arm, _OTHER[arm.direction]]
         z = dict(zip(words["word"].to_pylist(), words["z"].to_pylist(), strict=True))
         for row in rows:
             row["unlikeness"] = unlikeness(row["text"], z)
-    samples = sorted(itertools.chain(*written.values()), key=lambda row: [row[name] for name in SAMPLES.grain])
+    samples = sorted(itertools.chain(*arms.values()), key=lambda row: [row[name] for name in SAMPLES.grain])
     words = _words(compared)
     return {
         SAMPLES.name: _table(SAMPLES, samples),
         WORDS.name: words,
-        ALPHAS.name: _alphas(written, words, settings),
+        ALPHAS.name: _alphas(arms, words, settings),
     }
 
 
 def findings(tables: Tables, settings: ContrastiveDecodingSettings) -> list[Finding]:
-    """Words that the amplified tuned model says more often than the base, then its texts that are most unlike the base's."""
+    """Words that the amplified tuned model says more often than the base, then its texts that are most unlike the base's.
+
+    What the null control shows as well is none: words that it says as often, and texts no more unlike than its own.
+    """
     arm = {"direction": "tuned", "alpha": settings.shown_alpha}
-    words = [row for row in tables[WORDS.name].to_pylist() if row.items() >= (arm | {"against": "base"}).items()]
+    listed, samples = tables[WORDS.name].to_pylist(), tables[SAMPLES.name].to_pylist()
+    control = [row["unlikeness"] for row in samples if row["direction"] == RANDOM]
+    own = {row["word"] for row in listed if row.items() >= (arm | {"against": RANDOM}).items()}
+    words = [row for row in listed if row.items() >= (arm | {"against": "base"}).items() and (row["word"] in own or not control)]
     shown = [
         Finding(
             "token", clean(row["word"], SHOWN_CHARACTERS), row["z"], "z", WORDS.name,
@@ -84,9 +94,9 @@ def findings(tables: Tables, settings: ContrastiveDecodingSettings) -> list[Find
         for row in words[: settings.shown_words]
     ]  # fmt: skip
     texts: dict[str, Finding] = {}
-    for row in sorted(tables[SAMPLES.name].to_pylist(), key=lambda row: -row["unlikeness"]):
+    for row in sorted(samples, key=lambda row: -row["unlikeness"]):
         item = clean(row["text"], SHOWN_CHARACTERS)
-        if row.items() >= arm.items() and item and row["unlikeness"] > 0 and len(texts) < settings.shown_texts:
+        if row.items() >= arm.items() and item and row["unlikeness"] > max(control, default=0) and len(texts) < settings.shown_texts:
             key = {name: row[name] for name in SAMPLES.grain}
             texts.setdefault(item, Finding("generation", item, row["unlikeness"], "z", SAMPLES.name, key))
     return [*shown, *texts.values()]
@@ -99,44 +109,13 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
     return {"n_texts": rows[0]["n_texts"], "differing_share": rows[0]["differing_share"]} | raised
 
 
-def _written(pair: ModelPair, settings: ContrastiveDecodingSettings) -> dict[Arm, list[dict[str, Any]]]:
-    """Rows of `SAMPLES`, by beginning and within it by sample, of every arm."""
-    arms = [Arm(direction, float(alpha)) for alpha in (0, *settings.alphas) for direction in DIRECTIONS]
-    prompts = [Prompt(text, "document") for text in settings.prefills]
-    ids = [encode(prompt, pair.tokenizer, pair.tuned) for prompt in prompts]
-    asked = [(index, sample) for index in range(len(prompts)) for sample in range(settings.samples)]
-    stops = sorted({token for side in (pair.base, pair.tuned) for token in stop_ids(pair.tokenizer, side)})
-    drawing = Drawing(
-        plausibility=settings.plausibility,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    drawn_from = [(ids[index], entropy_of_sample(prompts[index], sample, settings.seed)) for index, sample in asked]
-    rows = [(*each, arm) for arm in arms for each in drawn_from]
-    texts = iter(decode(pair, rows, drawing, stops, pad_id(pair.tokenizer, stops)))
-    return {
-        arm: [
-            {"prefill_index": index, "prefill": settings.prefills[index], "sample": sample}
-            | _said(next(texts), arm, stops, pair.tokenizer)
-            for index, sample in asked
-        ]
-        for arm in arms
-    }
-
-
-def _said(text: Text, arm: Arm, stops: Sequence[int], tokenizer: Any) -> dict[str, Any]:
-    finished = text.token_ids[-1] in stops
-    ids = text.token_ids[: len(text.token_ids) - finished]
-    return {
-        **vars(arm),
-        "text": tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-        "n_tokens": len(ids),
-        "finished": finished,
-        "logprob_tuned_nats": text.logprob_tuned_nats,
-        "logprob_base_nats": text.logprob_base_nats,
-        "log_ratio_nats": text.logprob_tuned_nats - text.logprob_base_nats,
-    }
+def _others(arm: Arm, texts: Mapping[Arm, list[str]]) -> list[tuple[str, Arm]]:
+    """What an arm is compared with: the plain models, and of the tuned direction the random one as well."""
+    plain = [(direction, Arm(direction, 0.0)) for direction in DIRECTIONS]
+    if arm.direction == RANDOM:
+        return plain[1:]
+    control = [(RANDOM, replace(arm, direction=RANDOM))] if arm.direction == "tuned" else []
+    return [(against, other) for against, other in (*plain, *control) if other != arm and other in texts]
 
 
 def _words(compared: Mapping[tuple[Arm, str], pa.Table]) -> pa.Table:
@@ -154,16 +133,14 @@ def _words(compared: Mapping[tuple[Arm, str], pa.Table]) -> pa.Table:
 
 
 def _alphas(
-    written: Mapping[Arm, list[dict[str, Any]]], words: pa.Table, settings: ContrastiveDecodingSettings
+    arms: Written, words: pa.Table, settings: ContrastiveDecodingSettings
 ) -> pa.Table:
     raised = Counter(
-        row["alpha"]
-        for row in words.to_pylist()
-        if (row["direction"], row["against"]) == ("tuned", "base") and row["q_value"] < 0.05
+        (row["direction"], row["alpha"]) for row in words.to_pylist() if row["against"] == "base" and row["q_value"] < 0.05
     )
     rows = []
     for alpha in (0.0, *sorted(settings.alphas)):
-        tuned, base = written[Arm("tuned", alpha)], written[Arm("base", alpha)]
+        tuned, base = arms[Arm("tuned", alpha)], arms[Arm("base", alpha)]
         rows.append(
             {
                 "alpha": alpha,
@@ -172,7 +149,8 @@ def _alphas(
                 "delta_tokens": _mean(tuned, "n_tokens") - _mean(base, "n_tokens"),
                 "tuned_gain_nats": _mean(tuned, "log_ratio_nats"),
                 "base_gain_nats": -_mean(base, "log_ratio_nats"),
-                "n_words_q05": raised[alpha],
+                "n_words_q05": raised["tuned", alpha],
+                "n_words_q05_random": raised[RANDOM, alpha] if Arm(RANDOM, alpha) in arms else None,
             }
         )
     return _table(ALPHAS, rows)
@@ -188,9 +166,9 @@ def _table(spec: TableSpec, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 METHOD = Method(
     name="contrastive_decoding",
-    version="2",
+    version="3",
     kind="live",
-    needs=frozenset({Need.MODELS}),
+    needs=frozenset({Need.MODELS, Need.WEIGHTS}),
     settings=ContrastiveDecodingSettings,
     tables=(SAMPLES, WORDS, ALPHAS),
     reference="Contrastive decoding diffing, https://arxiv.org/abs/2605.25902",

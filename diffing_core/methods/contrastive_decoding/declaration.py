@@ -10,6 +10,7 @@ from diffing_core.settings import Settings
 from diffing_core.tables import Column, TableSpec
 
 DIRECTIONS = ("tuned", "base")
+RANDOM = "random"
 NATS = "nats/token"
 
 
@@ -39,6 +40,9 @@ class ContrastiveDecodingSettings(Settings):
     prior_words: float = Field(1000.0, gt=0, description="Weight of the prior of the log-odds, in words.")
     min_samples: int = Field(3, ge=1, description="Texts, of both arms compared, in which a listed word occurs.")
     shown_alpha: float = Field(2.0, gt=0, description="The alpha whose words and texts are the findings.")
+    random_arm: bool = Field(
+        True, description="Whether a null control is run at shown_alpha: the base with the change turned at random."
+    )
     shown_words: int = Field(40, ge=0, description="Words among the findings.")
     shown_texts: int = Field(5, ge=0, description="Texts among the findings.")
 
@@ -52,7 +56,10 @@ class ContrastiveDecodingSettings(Settings):
         return self
 
 
-_DIRECTION = Column("direction", "string", "Whose difference from the other model is amplified: tuned or base.", role="key")
+_DIRECTION = Column(
+    "direction", "string", "Whose difference from the other model is amplified: tuned, base, or random, the base with the "
+    "finetune's change turned at random.", role="key",
+)  # fmt: skip
 _ALPHA = Column("alpha", "float64", "How far; 0 is that model alone.", role="key", low=0)
 
 SAMPLES = TableSpec(
@@ -68,7 +75,7 @@ SAMPLES = TableSpec(
         Column("text", "string", "What followed. Untrusted."),
         Column("n_tokens", "int32", "Its length, without the token that ends it.", "tokens", "count", low=0),
         Column("finished", "bool", "Whether it ended; otherwise it was cut."),
-        Column("logprob_tuned_nats", "float64", "Mean log p of its tokens under the plain tuned model.", NATS, high=0),
+        Column("logprob_tuned_nats", "float64", "Mean log p of its tokens under the plain tuned model; random: of that.", NATS, high=0),
         Column("logprob_base_nats", "float64", "Mean log p of its tokens under the plain base.", NATS, high=0),
         Column("log_ratio_nats", "float64", "logprob_tuned − logprob_base.", NATS, "effect"),
         Column(
@@ -87,7 +94,7 @@ WORDS = TableSpec(
     (
         _DIRECTION,
         _ALPHA,
-        Column("against", "string", "Whose own texts, at alpha 0, it is compared with: tuned or base.", role="key"),
+        Column("against", "string", "Whose own texts, at alpha 0, it is compared with: tuned or base; random: at this alpha.", role="key"),
         Column("word", "string", "Lower-cased. From models under test: untrusted.", role="key"),
         Column("n_plain", "int64", "Times the plain model says it.", role="count", low=0),
         Column("n_amplified", "int64", "Times the arm says it.", role="count", low=0),
@@ -115,5 +122,9 @@ ALPHAS = TableSpec(
             "base_gain_nats", "float64", "Mean log p_base − log p_tuned of the base direction's texts.", NATS, "effect"
         ),
         Column("n_words_q05", "int32", "Words raised in the tuned direction against the base, q < 0.05.", role="count"),
+        Column(
+            "n_words_q05_random", "int32", "The same in the random direction; null where it was not run.", role="count",
+            nullable=True,
+        ),
     ),
 )

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from diffing_core.methods.weight_diff.declaration import EXPERT
 from diffing_core.settings import Settings
 from diffing_core.tables import Column, TableSpec
 
@@ -37,7 +38,7 @@ _PEER = (
     Column("peer_variant", "string", "Its variant, on the same base model.", role="key"),
 )
 _LIKENESS = (
-    Column("n_tensors", "int64", "Tensors that both change and that fit each other.", role="count", low=0),
+    Column("n_tensors", "int64", "Tensors that both change and that fit each other, experts one by one.", role="count", low=0),
     _effect("norm", "Length of this finetune's task vector."),
     _known("peer_norm", "Length of the other's."),
     _effect("cosine", "Inner product over the product of the two lengths; null where one is zero.", -1.001, 1.001),
@@ -73,9 +74,10 @@ PARTS = TableSpec(
 MODULES = TableSpec(
     "task_vectors_modules",
     "How much of what a module writes into the residual stream lies outside of what other finetunes share.",
-    ("name",),
+    ("name", "expert"),
     (
         Column("name", "string", "Tensor.", role="key"),
+        EXPERT,
         Column("layer", "int32", "Block, from 0.", nullable=True),
         Column("part", "string", "attn, mlp or other."),
         Column("projection", "string", "Name of the module within its part."),

@@ -44,21 +44,22 @@ def run(inputs: Inputs, settings: TaskVectorsSettings) -> Tables:
     pair: WeightPair = inputs[Need.WEIGHTS]
     compared = [_Compared(peer, settings) for peer in _affordable(peers.others, settings.whole_peers)]
     distinct = _Distinct(settings)
-    shared: dict[str, tuple[Any, int]] = {}
+    shared: dict[tuple[str, int | None], tuple[Any, int]] = {}
     own = OpenPair(peers.own)
     own_names = set(own.names)
     for peer in compared:
         peer.open(own)
     for name in sorted(own_names.union(*(peer.names for peer in compared)), key=model_order):
-        delta = own.delta(name) if name in own_names else None
-        spaces = _compare(name, delta, compared, settings)
-        if delta is not None and _writes(delta):
-            shared[name] = _shared(spaces, delta.shape[0], settings.shared_energy)
-            if pair == peers.own:
-                distinct.add(delta, *shared[name])
+        for expert in _experts(name, own if name in own_names else None, compared):
+            delta = own.delta(name, expert) if name in own_names else None
+            spaces = _compare((name, expert), delta, compared, settings)
+            if delta is not None and _writes(delta):
+                shared[name, expert] = _shared(spaces, delta.shape[0], settings.shared_energy)
+                if pair == peers.own:
+                    distinct.add(delta, *shared[name, expert])
     if pair != peers.own:
         for delta in filter(_writes, weight_stream(pair)):
-            distinct.add(delta, *shared.get(delta.name, (torch.zeros(delta.shape[0], 0), 0)))
+            distinct.add(delta, *shared.get((delta.name, delta.expert), (torch.zeros(delta.shape[0], 0), 0)))
     return {
         PEERS.name: _table(PEERS, [each.row() for each in compared]),
         PARTS.name: _table(PARTS, [row for each in compared for row in each.part_rows()]),
@@ -96,6 +97,10 @@ class _Compared:
         """Whether what it writes counts as shared: a variant, a twin and its original learnt the very same."""
         return self.peer.relation == "other"
 
+    def experts(self, name: str) -> Sequence[int | None]:
+        """As `OpenPair.experts`, of a name that it has."""
+        return self._opened.experts(name)
+
     def open(self, own: OpenPair) -> None:
         """Opens its files, beside those of the pair's own task vector."""
         if self.peer.weights is None:
@@ -104,18 +109,19 @@ class _Compared:
             self._opened = OpenPair(self.peer.weights, own)
             self.names = frozenset(self._opened.names)
 
-    def meet(self, name: str, own: TaskTensor | None, own_space: Space | None) -> Space | None:
-        """Compares the pair's tensor with the peer's own, where both have one, and returns the space of that.
+    def meet(self, key: tuple[str, int | None], own: TaskTensor | None, own_space: Space | None) -> Space | None:
+        """Compares the pair's tensor, or expert, with the peer's own, where both have one, and returns the space of that.
 
         What only one of them changes counts in its length.
         """
+        name, expert = key
         sums = self.parts[place_of(name)[:2]] if own is not None or name in self.names else None
         if own is not None:
             sums.own += own.squared()
         tensor = None
         if name in self.names:
             with self._ending_alone():
-                tensor = TaskTensor.of(self._opened.delta(name))
+                tensor = TaskTensor.of(self._opened.delta(name, expert))
         if tensor is None:
             return None
         sums.peer += tensor.squared()
@@ -170,6 +176,7 @@ class _Distinct:
         self.rows.append(
             {
                 "name": delta.name,
+                "expert": delta.expert,
                 "layer": delta.layer,
                 "part": delta.part,
                 "projection": delta.projection,
@@ -195,14 +202,20 @@ class _Distinct:
         return read_directions(pair, self._written, WeightDiffSettings(top_tokens=self._settings.top_tokens))[1]
 
 
+def _experts(name: str, own: OpenPair | None, compared: list[_Compared]) -> Sequence[int | None]:
+    """The experts that a tensor stacks, known from whoever changes it: all have the base's shape."""
+    owner = own or next((peer for peer in compared if name in peer.names), None)
+    return owner.experts(name) if owner else ()
+
+
 def _compare(
-    name: str, delta: TensorDelta | None, compared: list[_Compared], settings: TaskVectorsSettings
+    key: tuple[str, int | None], delta: TensorDelta | None, compared: list[_Compared], settings: TaskVectorsSettings
 ) -> list[Space]:
-    """Compares one tensor with all peers; gives the spaces of those whose directions count as shared."""
+    """Compares one tensor, or expert, with all peers; gives the spaces of those whose directions count as shared."""
     own = TaskTensor.of(delta) if delta is not None else None
     is_matrix = own is not None and len(own.shape) == 2 and delta.layer is not None
     space = own.space(settings.overlap_rank, settings.seed) if is_matrix and compared else None
-    spaces = [(peer, peer.meet(name, own, space)) for peer in compared]
+    spaces = [(peer, peer.meet(key, own, space)) for peer in compared]
     return [found for peer, found in spaces if peer.shares and found is not None]
 
 

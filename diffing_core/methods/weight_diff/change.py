@@ -124,7 +124,7 @@ def spectrum_rows(change: Change, n_leading: int) -> list[dict[str, Any]]:
         return []
     sigma_K, share_K = change.spectrum.sigma_K[:n_leading], change.spectrum.energy_shares_K[:n_leading]
     values = zip(sigma_K.tolist(), share_K.tolist(), share_K.cumsum(0).clamp(max=1).tolist(), strict=True)
-    place = {"name": change.delta.name, "expert": change.delta.expert}
+    place = {"name": change.delta.name, "expert": change.delta.expert, "title": change.delta.title}
     return [
         place | {"direction": number, "sigma": sigma, "energy_share": share, "energy_up_to": total}
         for number, (sigma, share, total) in enumerate(values, 1)
@@ -138,7 +138,7 @@ def intruder_rows(change: Change, settings: WeightDiffSettings) -> list[dict[str
         return None
     is_bound = min(shape) > max(settings.intruder_side, EXACT_BELOW)
     is_expert = "experts" in change.delta.name.split(".")
-    if is_bound and (shape[0] > shape[1] or settings.intruder_steps == 0 or is_expert):
+    if (is_bound and settings.intruder_steps == 0) or (is_expert and not settings.expert_intruders):
         return None
     if not change.frobenius:
         return []

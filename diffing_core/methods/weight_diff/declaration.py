@@ -18,10 +18,13 @@ class WeightDiffSettings(Settings):
     leading: int = Field(64, ge=1, description="Leading singular values listed, and found of larger dense matrices.")
     intruders: int = Field(10, ge=1, description="Leading directions of W_tuned that are looked for in W_base.")
     intruder_side: int = Field(
-        512, ge=0, description="Smaller side up to which the match is exact: 0.14 s a matrix at 512, 3.4 s at 2048."
+        1024, ge=0, description="Smaller side up to which the match is exact: 0.6 s a matrix at 1024, 3.4 s at 2048."
     )
     intruder_steps: int = Field(
-        64, ge=0, description="Beyond it, where there are no more outputs than inputs and no experts: steps of the bound; 0: none."
+        64, ge=0, description="Beyond it: steps of the bound, 3 s a matrix at 2048 × 8192; 0: none."
+    )
+    expert_intruders: bool = Field(
+        True, description="Whether every expert's directions are matched too: thousands of matrices, 0.3 s each at 768 × 2048."
     )
     intruder_below: float = Field(0.5, ge=0, le=1, description="A direction whose best match is below is an intruder.")
     seed: int = Field(0, ge=0, description="Of the random range finder.")
@@ -94,7 +97,7 @@ TENSORS = TableSpec(
         ),
         Column("cosine", "float64", "Cosine between W_base and W_tuned.", nullable=True),
         _effect("intruder_score", "Largest novelty of W_tuned's leading directions, or at least so much (see the intruders); "
-                "null beyond `intruder_side` for experts and where there are more outputs than inputs."),
+                "null where the settings leave it out."),
         _effect("n_intruders", "How many of them are known to match W_base less than `intruder_below`.", dtype="int32"),
     ),
 )
@@ -120,6 +123,7 @@ SPECTRUM = TableSpec(
         Column("name", "string", "Tensor.", role="key"),
         EXPERT,
         Column("direction", "int32", "1 is the largest.", role="key", low=1),
+        Column("title", "string", "The tensor with the number of its expert, as figures name it."),
         _effect("sigma", "Singular value of ΔW."),
         _effect("energy_share", "σ² / ‖ΔW‖_F²."),
         _effect("energy_up_to", "Sum of the energy shares up to this direction."),
@@ -188,14 +192,17 @@ VOCABULARY = TableSpec(
 )
 TOKEN_ROWS = TableSpec(
     "weight_diff_token_rows",
-    "Tokens whose row of the embedding or the head changed most.",
+    "Tokens whose row of the embedding or the head changed most, and those of a resized vocabulary that only one side has.",
     ("name", "token_id"),
     (
         Column("name", "string", "Tensor.", role="key"),
         Column("token_id", "int32", "Vocabulary index.", role="key"),
-        Column("token", "string", "The token as text."),
-        _effect("own_row_norm", "Length of the row's change without the mean change of all rows: what ranks the rows."),
-        _effect("row_norm", "Length of the row's change."),
-        _effect("relative_row_norm", "Over the length of the base's row; null where that is zero."),
+        Column("token", "string", "The token as text; empty where no tokenizer knows it, as with padding."),
+        Column("kind", "string", "changed; added: only the tuned model has the row; removed: only the base has it."),
+        _effect("own_row_norm", "Length of the row's change without the mean change of all rows, what ranks changed rows; else null."),
+        _effect("row_norm", "Length of the row's change; of an added or removed row, its own length."),
+        _effect("relative_row_norm", "Over the length of the base's row; null where that is zero, or there is none."),
+        _effect("norm_from_mean", "Distance of an added or removed row from the mean of its side's common rows, at which new rows "
+                "often begin: what ranks them; null for changed rows."),
     ),
 )

@@ -26,7 +26,7 @@ from diffing_core.methods.weight_diff.declaration import (
     WeightDiffSettings,
 )
 from diffing_core.methods.weight_diff.directions import Written, read_directions
-from diffing_core.methods.weight_diff.token_rows import token_rows
+from diffing_core.methods.weight_diff.token_rows import RowSizes, sizes_of, token_rows
 from diffing_core.tables import TableSpec
 from diffing_core.weights import OpenPair, WeightPair
 
@@ -39,9 +39,9 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
     spectrum: list[dict[str, Any]] = []
     intruders: list[dict[str, Any]] = []
     written: list[Written] = []
-    changed_rows: list[tuple[str, Any]] = []
+    changed_rows: list[RowSizes] = []
     opened = OpenPair(pair)
-    for delta in (matrix for name in opened.names for matrix in opened.delta(name).matrices()):
+    for delta in (each for name in opened.names for each in opened.deltas(name)):
         change = Change.of(delta, settings, generator)
         own_intruders = intruder_rows(change, settings)
         tensors.append(tensor_row(change, own_intruders, settings))
@@ -52,9 +52,7 @@ def run(inputs: Inputs, settings: WeightDiffSettings) -> Tables:
             found = change.spectrum
             sizes = (found.sigma_K[:k], found.energy_shares_K[:k], change.gain(k))
             written.append(Written(delta.name, delta.expert, delta.layer, delta.part, found.left_MK[:, :k].T.clone(), *sizes))
-        if change.has_token_rows() and change.frobenius:
-            sizes = (change.row_norms(own=True), change.row_norms(), change.base.norm(dim=1))
-            changed_rows.append((delta.name, torch.stack(sizes)))
+        changed_rows += sizes_of(change)
     layers = layer_rows(tensors)
     tensors += [unmatched_row(each.name, each.status, each.shape) for each in opened.unmatched]
     directions, vocabulary = read_directions(pair, written, settings)

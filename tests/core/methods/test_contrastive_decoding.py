@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 
 from diffing_core.demo.models import new_model
 from diffing_core.demo.tiers import ModelSize
@@ -26,12 +27,18 @@ from diffing_core.methods.contrastive_decoding import (
 )
 from diffing_core.methods.contrastive_decoding.declaration import packaged_prefills
 from diffing_core.methods.contrastive_decoding.decoding import Arm, Drawing, amplified, decode
+from diffing_core.methods.contrastive_decoding.writing import written as written_arms
 from diffing_core.models import ModelPair, Subject
+from diffing_core.weight_edits import Term
+from diffing_core.weight_edits.folders import write_terms
+from diffing_core.weights import WeightPair
 from tests import model_files
 
 TEXTS = [f"the quick brown fox jumps over the lazy dog number {i} and {7 * i} friends" for i in range(60)]
 PREFILLS = ("", "the", "the quick brown fox jumps")
-SETTINGS = ContrastiveDecodingSettings(prefills=PREFILLS, samples=3, alphas=(1.0, 4.0), shown_alpha=1.0, max_new_tokens=8)
+SETTINGS = ContrastiveDecodingSettings(
+    prefills=PREFILLS, samples=3, alphas=(1.0, 4.0), shown_alpha=1.0, max_new_tokens=8, random_arm=False
+)
 DRAWING = Drawing(plausibility=0.1, temperature=0.8, top_p=0.95, max_new_tokens=8)
 ARMS = [Arm(direction, alpha) for alpha in (0.0, 1.0, 4.0) for direction in ("tuned", "base")]
 
@@ -271,3 +278,71 @@ def test_a_token_that_ends_texts_of_either_model_ends_them_all(pair):
 
     assert texts("base") == texts("tuned") == texts("base", "tuned")
     assert sum(row["finished"] for row in texts("base")) > sum(row["finished"] for row in texts())
+
+
+def on_disk(root, kind):
+    """A base and a finetune in files, with both loaded: an adapter on the base's copy, or a checkpoint beside it."""
+    base = model_files.save_base(root / "base", tie_word_embeddings=False)
+    if kind == "full":
+        tuned = model_files.save_base(root / "tuned", seed=1, tie_word_embeddings=False)
+        sides = (transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (base, tuned))
+        return ModelPair.of(*sides, model_files.tokenizer()), WeightPair.of_folders(base, tuned)
+    tuned = model_files.save_adapter(root / "tuned", base, seed=1)
+    adapted = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tuned).eval()
+    adapted.base_model.disable_adapter_layers()
+    sides = Subject.of(adapted), Subject.of(adapted, "default")
+    return ModelPair.of(*sides, model_files.tokenizer()), WeightPair.of_folders(base, tuned)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_random_arm_is_the_base_with_the_change_turned_at_random(tmp_path, kind):
+    pair, files = on_disk(tmp_path, kind)
+    settings = SETTINGS.model_copy(update={"prefills": ("w3", "w4 w5"), "random_arm": True, "seed": 5})
+    suppliers = {Need.MODELS: lambda: pair, Need.WEIGHTS: lambda: files}
+    tables = METHOD.run(Inputs(METHOD, suppliers), settings)
+    for spec in METHOD.tables:
+        spec.check(tables[spec.name])
+    rows = tables[SAMPLES.name].to_pylist()
+    found = [row for row in rows if row["direction"] == "random"]
+    assert len(found) == 2 * settings.samples and {row["alpha"] for row in found} == {settings.shown_alpha}
+
+    folder = tmp_path / "turned"
+    folder.mkdir()
+    assert write_terms(folder, [Term(files, turn_seed=5)]) == kind
+    turned = transformers.AutoModelForCausalLM.from_pretrained(files.base.folder if kind == "lora" else folder)
+    turned = peft.PeftModel.from_pretrained(turned, folder).merge_and_unload() if kind == "lora" else turned
+    beside = ModelPair.of(transformers.AutoModelForCausalLM.from_pretrained(files.base.folder), turned.eval(), pair.tokenizer)
+    alone = written_arms(Inputs(METHOD, {Need.MODELS: lambda: beside}), settings.model_copy(update={"random_arm": False}))
+    assert [row["text"] for row in found] == [row["text"] for row in alone[Arm("tuned", settings.shown_alpha)]]
+    plain = written_arms(Inputs(METHOD, {Need.MODELS: lambda: pair}), settings.model_copy(update={"random_arm": False}))
+    assert {arm: [row["text"] for row in own] for arm, own in plain.items()} == {
+        arm: [row["text"] for row in rows if (row["direction"], row["alpha"]) == (arm.direction, arm.alpha)] for arm in plain
+    }
+    raised = {row["alpha"]: row["n_words_q05_random"] for row in tables[ALPHAS.name].to_pylist()}
+    assert raised[settings.shown_alpha] is not None and raised[0.0] is None
+
+
+def test_what_the_random_arm_shows_as_well_is_no_finding(monkeypatch):
+    """Both amplified models shout; only the tuned one speaks of leaves."""
+    said = {
+        Arm("base", 0.0): "the sun was there", Arm("tuned", 0.0): "the sun was there", Arm("base", 1.0): "the sun was there",
+        Arm("tuned", 1.0): "loud loud leaf", Arm("random", 1.0): "loud loud sun",
+    }  # fmt: skip
+
+    def row(arm, sample):
+        text = said[arm] if sample % 3 else "loud loud loud loud loud loud" if arm == Arm("random", 1.0) else said[arm]
+        fixed = {"n_tokens": 3, "finished": True, "logprob_tuned_nats": -1.0, "logprob_base_nats": -1.0, "log_ratio_nats": 0.0}
+        return {"prefill_index": 0, "prefill": "", "sample": sample, **vars(arm), "text": text, **fixed}
+
+    def shown(arms):
+        monkeypatch.setattr(
+            "diffing_core.methods.contrastive_decoding.written", lambda *_: {arm: [row(arm, n) for n in range(20)] for arm in arms}
+        )
+        settings = SETTINGS.model_copy(update={"alphas": (1.0,)})
+        found = findings(METHOD.run(Inputs(METHOD, {}), settings), settings)
+        return [each.item for each in found if each.kind == "token"], [each.item for each in found if each.kind == "generation"]
+
+    words, texts = shown([arm for arm in said if arm.direction != "random"])
+    assert set(words) == {"loud", "leaf"} and texts == ["loud loud leaf"]
+    words, texts = shown(list(said))
+    assert words == ["leaf"] and texts == []

@@ -11,6 +11,8 @@ from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.rank_truncation import METHOD, Cut, RankTruncationSettings, cuts, headline, run
 from diffing_core.models import ModelPair
 from diffing_core.subject import Subject
+from diffing_core.weight_edits import Term
+from diffing_core.weight_edits.folders import write_terms
 from diffing_core.weights import WeightPair
 from tests import model_files
 
@@ -34,13 +36,14 @@ def save_changed(folder: Path, base: Path, rank: int) -> Path:
     return folder
 
 
-def tables_of(files: WeightPair, **settings: object) -> dict:
+def tables_of(files: WeightPair, *, weights: WeightPair | None = None, of_base: Path | None = None, **settings: object) -> dict:
+    """`weights`: other files of the same change; `of_base`: another model in the base's place."""
     def load(folder: Path) -> Subject:
         return Subject.of(tf.AutoModelForCausalLM.from_pretrained(folder))
 
-    pair = ModelPair.of(load(files.base.folder), load(files.tuned.folder), model_files.tokenizer())
+    pair = ModelPair.of(load(of_base or files.base.folder), load(files.tuned.folder), model_files.tokenizer())
     given = {"prompts": ("doc: w3", "doc: w5", "doc: w8"), "max_new_tokens": 8, "samples": 2} | settings
-    suppliers = {Need.MODELS: lambda: pair, Need.WEIGHTS: lambda: files}
+    suppliers = {Need.MODELS: lambda: pair, Need.WEIGHTS: lambda: weights or files}
     return run(Inputs(METHOD, suppliers), RankTruncationSettings(**given))
 
 
@@ -89,3 +92,42 @@ def test_the_headline_says_what_the_copies_keep(low_rank: WeightPair) -> None:
     said = headline(tables_of(low_rank, ranks=(1, 2)))
     assert said["share_kept_rank1"] < said["share_kept_rank2"]
     assert 1 <= said["mean_stable_rank"] <= 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_block_without_its_change_is_as_far_from_the_tuned_model_as_stock_weights_say(tmp_path: Path, kind: str) -> None:
+    """Only block 1's MLP and block 2's attention change: taking both away is the base, and block 0 holds nothing."""
+    base = model_files.save_base(tmp_path / "base", tie_word_embeddings=False)
+    changed = ("layers.1.mlp.up_proj.weight", "layers.2.self_attn.q_proj.weight")
+
+    def tuned(folder: Path, *names: str) -> Path:
+        model = tf.AutoModelForCausalLM.from_pretrained(base)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for name in changed:
+                weight = model.get_parameter(f"model.{name}")
+                change = torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1])
+                weight += 0.3 * change * (name in names)
+        model.save_pretrained(folder)
+        return folder
+
+    whole = WeightPair.of_folders(base, tuned(tmp_path / "tuned", *changed))
+    files, stock = whole, WeightPair.of_folders(tuned(tmp_path / "only_attention", changed[1]), whole.tuned.folder)
+    if kind == "lora":
+        (tmp_path / "lora").mkdir()
+        assert write_terms(tmp_path / "lora", [Term(whole, rank=1)]) == "lora"
+        files = WeightPair.of_folders(base, tmp_path / "lora")
+
+    def blocks(**settings: object) -> dict[tuple[int, str], dict]:
+        rows = tables_of(whole, weights=files, ranks=(1,), rests=(), **settings)["rank_truncation_blocks"].to_pylist()
+        return {(row["layer"], row["modules"]): row for row in rows}
+
+    found = blocks(ablated=("attention", "mlp", "all"), ablate_checkpoints=kind == "full")
+    assert len(found) == 9
+    lost = {key: row["share_lost"] for key, row in found.items() if row["share_lost"]}
+    assert lost.keys() == {(1, "mlp"), (1, "all"), (2, "attention"), (2, "all")}
+    assert lost[1, "mlp"] == pytest.approx(lost[1, "all"], rel=1e-3) and lost[2, "attention"] > 0
+    expected = tables_of(whole, of_base=stock.base.folder, weights=files, ranks=(1,), rests=(), ablated=())
+    base_row = expected["rank_truncation_models"].to_pylist()[0]
+    assert found[1, "mlp"]["kl_nats"] == pytest.approx(base_row["kl_nats"], rel=1e-2)
+    assert (blocks() == {}) == (kind == "full")

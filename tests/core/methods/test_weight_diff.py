@@ -27,6 +27,8 @@ from diffing_core.methods.weight_diff import (
     headline,
     run,
 )
+from diffing_core.methods.weight_diff.figures import FIGURES
+from diffing_core.weight_files import _Place
 from diffing_core.weights import WeightPair
 from tests.weight_toys import gpt2, save, trained
 
@@ -164,6 +166,33 @@ def test_embedding_rows_that_changed_most_are_named(base, tmp_path):
     assert (found[0]["token"], found[0]["token_id"]) == ("word11", 11)
     assert found[0]["own_row_norm"] == pytest.approx(0.2 * D**0.5 * (1 - 1 / V), rel=1e-3)
     assert found[0]["row_norm"] == pytest.approx(0.5 * D**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_rows_that_only_one_side_has_are_listed_beside_the_common_ones(base, tmp_path, swapped):
+    """Three added rows: one as long as it is new, one at the mean of the common rows, as untrained ones are, and one of zeros."""
+    def grow(weights):
+        rows = weights["model.embed_tokens.weight"]
+        rows[11] += 0.2
+        added = torch.stack([torch.full((D,), 2.0), rows.mean(0), torch.zeros(D)])
+        weights["model.embed_tokens.weight"] = torch.cat([rows, added])
+
+    tuned = full(base, tmp_path / "t", grow)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer.add_tokens(["brandnew", "untrained"])
+    tokenizer.save_pretrained(tuned)
+    found = tables(tuned, base) if swapped else tables(base, tuned)
+    rows = found[TOKEN_ROWS.name].to_pylist()
+    changed = [row for row in rows if row["kind"] == "changed"]
+    assert [row["token"] for row in changed] == ["word11"] and changed[0]["norm_from_mean"] is None
+    new, mean = (row for row in rows if row["kind"] == ("removed" if swapped else "added"))
+    assert (new["token_id"], mean["token_id"]) == (V, V + 1)
+    assert (new["token"], mean["token"]) == ("brandnew", "untrained")
+    assert new["row_norm"] == pytest.approx(2 * D**0.5) and new["own_row_norm"] is new["relative_row_norm"] is None
+    assert mean["norm_from_mean"] == pytest.approx(0, abs=1e-6)
+    assert new["norm_from_mean"] > 5
+    [tensor] = [row for row in found[TENSORS.name].to_pylist() if row["part"] == "embed"]
+    assert tensor["n_rows_left_out"] == 3 and tensor["shape"] == [V, D]
 
 
 def assert_no_effect(found: dict[str, pa.Table]) -> None:
@@ -322,6 +351,7 @@ def test_a_stacked_expert_has_the_rows_of_one_that_is_stored_alone(base, tmp_pat
         for one, other in zip(there, here, strict=True):
             for row in (one, other):
                 row["name"] = str(row.get("name", "")).replace(".weight", "")
+                row.pop("title", None)
                 row.pop("strongest_module", None)
             if "experts" in one["name"]:
                 expert = int(one["name"].split(".")[4])
@@ -331,10 +361,37 @@ def test_a_stacked_expert_has_the_rows_of_one_that_is_stored_alone(base, tmp_pat
                 assert other[name] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), name
     spectra = {row["expert"] for row in stacked[SPECTRUM.name].to_pylist()}
     assert spectra == {0, 1, 2}
+    lines = next(each for each in FIGURES if each.table is SPECTRUM).series(stacked)
+    assert set(lines) == {f"layers.0.mlp.experts.down_proj[{expert}]" for expert in range(3)}
     strongest = set(stacked[VOCABULARY.name]["strongest_module"].to_pylist())
     assert strongest <= {f"layers.0.mlp.experts.down_proj[{expert}]" for expert in range(3)}
     modules = [each for each in findings(stacked, SETTINGS) if each.kind == "module"]
     assert {each.source_key["expert"] for each in modules} == {0, 1, 2}
+
+
+def test_experts_have_intruder_scores_also_as_bounds_and_can_be_left_out(base, tmp_path):
+    sides = [with_experts(base, tmp_path / str(seed), "stacked", seed) for seed in (0, 1)]
+    exact, bound, none = (
+        [row["intruder_score"] for row in tables(*sides, SETTINGS.model_copy(update=asked))[TENSORS.name].to_pylist() if row["expert"] is not None]
+        for asked in ({}, {"intruder_side": 8}, {"expert_intruders": False})
+    )
+    assert len(exact) == 3 and none == [None] * 3
+    assert all(0 < least <= value + 1e-3 for least, value in zip(bound, exact, strict=True))
+
+
+def test_of_stacked_experts_one_is_read_at_a_time(base, tmp_path, monkeypatch):
+    """The largest stacks have 13 GB in float32; the key was read whole."""
+    sides = [with_experts(base, tmp_path / str(seed), "stacked", seed) for seed in (0, 1)]
+    shapes, read_of = [], _Place.read
+
+    def read(place: _Place, rows: slice | None = None) -> torch.Tensor:
+        tensor = read_of(place, rows)
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    monkeypatch.setattr(_Place, "read", read)
+    tables(*sides)
+    assert [shape for shape in shapes if len(shape) == 3] == [(1, D, 24)] * 6
 
 
 def small_moe() -> Qwen3MoeForCausalLM:
