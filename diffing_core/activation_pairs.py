@@ -56,6 +56,11 @@ class PairedRows:
         """δ = tuned − base, float32: subtracted after the cast."""
         return self.tuned_ND.float() - self.base_ND.float()
 
+    @property
+    def document_N(self) -> np.ndarray:
+        """A number for each row's document that no document of another corpus has."""
+        return (self.corpus_N.astype(np.int64) << 32) + self.sequence_N
+
     def take(self, rows: np.ndarray | slice) -> Self:
         """The rows of these numbers, in their order; a stretch of them is not copied."""
         return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})

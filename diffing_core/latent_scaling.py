@@ -24,20 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffing_core.document_blocks import N_BLOCKS
 from diffing_core.lazy import torch
-from diffing_core.sampling import position_hash
 from diffing_core.settings import short_hash
 from diffing_core.sparse_code import SparseCode
 from diffing_core.stats import LEVEL
 from diffing_core.sums import float64_device
 
-N_BLOCKS = 20
 VALUES_TOGETHER = 2**23  # of products held at a time
-
-
-def block_of(sequence_N: np.ndarray, n_blocks: int = N_BLOCKS) -> np.ndarray:
-    """Block of each sequence, by a hash: documents of all kinds are in every block."""
-    return (position_hash(sequence_N, np.zeros(len(sequence_N), np.int64), 0) % np.uint64(n_blocks)).astype(np.int64)
 
 
 class Ratio(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffing_core import activation_pairs, activation_parts, activations
-from diffing_core.activation_pairs import PairedActivations, PairedFile, PairedRows, Selection
+from diffing_core.activation_pairs import PairedActivations, PairedFile, PairedRows, Selection, joined
 from diffing_core.activation_writer import ActivationWriter
 from diffing_core.blocks import TokenBlock
 from diffing_core.errors import StorageError
@@ -205,3 +205,11 @@ def test_memory_is_two_pools_while_one_is_put_together_and_one_while_another_is_
     assert sum(len(rows) for rows in given.shuffled(batch_rows, seed=0, epochs=2, pool_rows=pool_rows)) == 2 * 20 * GROUP
     assert held["read"] <= pool_rows + 2 * batch_rows
     assert 2 * pool_rows <= held["join"] <= 2 * pool_rows + 3 * batch_rows
+
+
+def test_documents_of_two_corpora_have_numbers_of_their_own(tmp_path: Path) -> None:
+    """Both corpora count their sequences from 0; a block of documents must not take them for one."""
+    given = material(tmp_path, 100, 40)
+    rows = joined(list(given.blocks()))
+    assert len(np.unique(rows.document_N)) == len(np.unique(np.stack([rows.corpus_N, rows.sequence_N]), axis=1).T)
+    assert len(np.unique(rows.document_N)) > len(np.unique(rows.sequence_N))

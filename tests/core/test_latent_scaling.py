@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffing_core.document_blocks import block_of
 from diffing_core.latent_scaling import (
     LatentScaling,
-    block_of,
     jackknifed_ratio,
     permuted_directions,
     random_directions,

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from diffing_core.activation_pairs import PairedActivations, PairedRows, Selection, joined
+from diffing_core.document_blocks import by_block
 from diffing_core.fit_reading import FitReading
-from diffing_core.latent_scaling import N_BLOCKS, LatentScaling, block_of, permuted_directions, random_directions
+from diffing_core.latent_scaling import LatentScaling, permuted_directions, random_directions
 from diffing_core.lazy import torch
 from diffing_core.methods.crosscoder.model import SIDES, Crosscoder
 from diffing_core.sparse_code import SparseCode
 
-WAITING_BYTES = 2**29
-LEAST_TOGETHER, MOST_TOGETHER = 512, 4096
 CONTROL_SEED = 0
 ERRORS = tuple(f"error {side}" for side in SIDES)
 RECONSTRUCTIONS = tuple(f"reconstruction {side}" for side in SIDES)
@@ -104,7 +103,7 @@ class Reading:
                 crosscoder.directions(), crosscoder.decoder_bias_MD, crosscoder.scale_M, strict=True
             )
         ]
-        for block, rows in by_block(whole_sequences(stored.blocks()), place):
+        for block, rows in by_block(whole_sequences(stored.blocks())):
             found._add(crosscoder, decoders, rows, (held_out.keeps(rows), place.sequence_N(rows)), block)
         return found
 
@@ -156,22 +155,3 @@ def whole_sequences(blocks: Iterable[PairedRows]) -> Iterator[PairedRows]:
         rest = together.take(slice(n_done, None))
     if rest is not None:
         yield rest
-
-
-def rows_together(rows: PairedRows) -> int:
-    """Rows of a batch, of which those of all blocks may wait at a time."""
-    bytes_of_row = 2 * rows.base_ND.shape[1] * rows.base_ND.element_size()
-    return min(MOST_TOGETHER, max(LEAST_TOGETHER, WAITING_BYTES // (N_BLOCKS * bytes_of_row)))
-
-
-def by_block(blocks: Iterable[PairedRows], place: FitReading) -> Iterator[tuple[int, PairedRows]]:
-    """Rows of one block of documents at a time, sequences whole: as many as may wait, since each batch costs a dictionary."""
-    waiting: dict[int, list[PairedRows]] = {block: [] for block in range(N_BLOCKS)}
-    for rows in blocks:
-        block_N = block_of(place.sequence_N(rows))
-        for block in np.unique(block_N).tolist():
-            waiting[block].append(rows.take(np.flatnonzero(block_N == block)))
-            if sum(map(len, waiting[block])) >= rows_together(rows):
-                yield block, joined(waiting[block])
-                waiting[block] = []
-    yield from ((block, joined(parts)) for block, parts in waiting.items() if parts)

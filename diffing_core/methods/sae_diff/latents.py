@@ -10,14 +10,14 @@ Reference: Minder, Dumas et al. 2025 (arXiv 2504.02922), section 3 and appendix 
 Suffixes: N rows, D model width, F latents.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from diffing_core.activation_pairs import PairedRows
-from diffing_core.latent_scaling import LatentScaling, Ratio, block_of
+from diffing_core.document_blocks import by_block
+from diffing_core.latent_scaling import LatentScaling, Ratio
 from diffing_core.lazy import torch
 from diffing_core.methods.sae_diff.dictionary import Dictionary
 from diffing_core.methods.sae_diff.training import Material
@@ -60,7 +60,7 @@ class Latents:
     def of(cls, material: Material, dictionary: Dictionary) -> "Latents":
         """Reads all rows once."""
         sums = _Sums(dictionary)
-        for block, rows in _by_block(material):
+        for block, rows in by_block(material.rows.blocks()):
             sums.add(material.vectors(rows), rows, block)
         scaling = sums.scaling
         n_fires_F, beta_tuned_F = scaling.n_active_F, scaling.beta("tuned", "decoder")
@@ -100,11 +100,3 @@ class _Sums:
             self.square_F += code.sums(code.value_A.double().square())
             self.max_F = torch.maximum(self.max_F, code.maxima())
             self.scaling.add(code, {side: side_ND[place] for side, side_ND in sides.items()}, block)
-
-
-def _by_block(material: Material) -> Iterator[tuple[int, PairedRows]]:
-    """All rows, in parts that belong to one block of documents."""
-    for rows in material.rows.blocks():
-        block_N = block_of(rows.sequence_N)
-        for block in np.unique(block_N).tolist():
-            yield block, rows.take(np.flatnonzero(block_N == block))

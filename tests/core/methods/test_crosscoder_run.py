@@ -18,10 +18,10 @@ from diffing_core.activations import ActivationStore
 from diffing_core.capture import capture_residuals
 from diffing_core.comparison import run_key
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
+from diffing_core.document_blocks import block_of, by_block
 from diffing_core.errors import NotComputableError
 from diffing_core.fit_reading import FitReading
 from diffing_core.lake import Lake
-from diffing_core.latent_scaling import block_of
 from diffing_core.methods import get_method
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.crosscoder import METHOD, checkpoint, fitting
@@ -29,7 +29,7 @@ from diffing_core.methods.crosscoder.causal import Condition, Read, causal_effec
 from diffing_core.methods.crosscoder.data import Batches, Sample
 from diffing_core.methods.crosscoder.model import Crosscoder
 from diffing_core.methods.crosscoder.partition import Partition
-from diffing_core.methods.crosscoder.reading import PARTS, Explained, Reading, by_block, whole_sequences
+from diffing_core.methods.crosscoder.reading import PARTS, Explained, Reading, whole_sequences
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 from diffing_core.models import ModelPair, Subject
 from diffing_core.paired_pass import paired_pass
@@ -94,7 +94,7 @@ def test_every_layer_that_is_wanted_has_its_rows_and_its_file(made: tuple[ModelP
 
 
 def test_latents_are_counted_as_a_plain_loop_counts_them(made: tuple[ModelPair, StoredPair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffing_core.methods.crosscoder.reading.MOST_TOGETHER", 20)
+    monkeypatch.setattr("diffing_core.document_blocks.MOST_TOGETHER", 20)
     pair, stored = made
     crosscoder, place, activations = some_crosscoder(), FitReading(pair, stored), stored.at(1)
     held_out = Selection(part="held_out")
@@ -136,13 +136,13 @@ def test_fit_of_the_mean_is_one_and_of_the_truth_is_zero() -> None:
 
 def test_sequences_stay_whole_and_in_their_block(made: tuple[ModelPair, StoredPair], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffing_core.activation_pairs.ROWS_PER_GROUP", 16)
-    monkeypatch.setattr("diffing_core.methods.crosscoder.reading.MOST_TOGETHER", 30)
+    monkeypatch.setattr("diffing_core.document_blocks.MOST_TOGETHER", 30)
     pair, stored = made
     place = FitReading(pair, stored)
     seen: dict[int, int] = {}
-    for number, (block, rows) in enumerate(by_block(whole_sequences(stored.at(0).blocks()), place)):
+    for number, (block, rows) in enumerate(by_block(whole_sequences(stored.at(0).blocks()))):
         sequence_N = place.sequence_N(rows)
-        assert (block_of(sequence_N) == block).all()
+        assert (block_of(rows.document_N) == block).all()
         for sequence in np.unique(sequence_N).tolist():
             assert seen.setdefault(sequence, number) == number, "cut in two"
     assert sorted(seen) == list(range(40))
