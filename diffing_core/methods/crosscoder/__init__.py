@@ -17,10 +17,10 @@ import pyarrow as pa
 from diffing_core.figures import Figure
 from diffing_core.fit_reading import FitReading
 from diffing_core.methods.base import Inputs, Method, Need, Tables
-from diffing_core.methods.crosscoder.declaration import CAUSAL, FITS, LATENTS, TABLES, TRAINING
 from diffing_core.methods.crosscoder.evidence import findings
 from diffing_core.methods.crosscoder.latents import SPECIFIC
 from diffing_core.methods.crosscoder.layer import Layer
+from diffing_core.methods.crosscoder.schema import CAUSAL, FITS, LATENTS, TABLES, TRAINING
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 
 

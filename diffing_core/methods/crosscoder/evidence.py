@@ -10,7 +10,7 @@ from diffing_core.band_examples import BANDS
 from diffing_core.examples import around_peak
 from diffing_core.findings import Finding
 from diffing_core.methods.base import Tables
-from diffing_core.methods.crosscoder.declaration import EXAMPLES, LATENTS, TOKENS
+from diffing_core.methods.crosscoder.schema import EXAMPLES, LATENTS, TOKENS
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 
 TOKEN_UNIT = "lens probability × activation units"

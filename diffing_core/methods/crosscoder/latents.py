@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from diffing_core.latent_scaling import Ratio
-from diffing_core.methods.crosscoder.declaration import LATENTS, OTHER
 from diffing_core.methods.crosscoder.model import SIDES, Crosscoder
 from diffing_core.methods.crosscoder.partition import OWNERS
 from diffing_core.methods.crosscoder.reading import Reading
+from diffing_core.methods.crosscoder.schema import LATENTS, OTHER
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 
 SPECIFIC = ("tuned_only", "moved")  # classes by Latent Scaling of what the base has not

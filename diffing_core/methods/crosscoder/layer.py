@@ -13,10 +13,10 @@ from diffing_core.fit_reading import FitReading
 from diffing_core.lens_tables import lens_table
 from diffing_core.methods.crosscoder.causal import Effect, Read, causal_effects, conditions
 from diffing_core.methods.crosscoder.checkpoint import WEIGHTS
-from diffing_core.methods.crosscoder.declaration import CAUSAL, EXAMPLES, FITS, LATENTS, STEERING, TOKENS, TRAINING
 from diffing_core.methods.crosscoder.fitting import Fitted, fit
 from diffing_core.methods.crosscoder.latents import SPECIFIC, latent_table
 from diffing_core.methods.crosscoder.reading import PARTS, STREAMS, Reading
+from diffing_core.methods.crosscoder.schema import CAUSAL, EXAMPLES, FITS, LATENTS, STEERING, TOKENS, TRAINING
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 from diffing_core.models import ModelPair
 from diffing_core.steering import steering_table

@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 
 from diffing_core.findings import Finding
 from diffing_core.methods.base import Method, Need, Tables
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.fold import DiffMiningFold
 from diffing_core.methods.diff_mining.schema import ORDERINGS, TABLES, TOPICS, VOCABULARY
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 
 SHOWN = "top_k_occurring"
 SIGNIFICANT = 0.05

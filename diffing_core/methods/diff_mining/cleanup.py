@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffing_core.blocks import StreamContext
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 
 PUNCTUATION = ("P", "Sm", "Sc", "Sk")  # So, which has the emoji, is content: a finetune may well teach them
 

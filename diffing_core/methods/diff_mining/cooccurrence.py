@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from diffing_core.corpus import ProbeCorpus
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.listing import Listing
 from diffing_core.methods.diff_mining.positions import PositionCounts
 from diffing_core.methods.diff_mining.schema import COOCCURRENCE, POSITIONS
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 from diffing_core.sampling import position_hash
 
 

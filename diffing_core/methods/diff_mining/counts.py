@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from diffing_core.lazy import torch
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.evidence import DocumentSums, log_odds, q_values, sign_flip_p_values
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 from diffing_core.methods.diff_mining.source import Reading
 from diffing_core.sums import float64_device
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 
 TOLERANCE = {"frobenius": 1e-3, "kullback-leibler": 1e-4}  # topics of a full fit to four digits, in half the time
 SMALL = 1e-12

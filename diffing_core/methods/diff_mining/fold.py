@@ -13,12 +13,12 @@ from diffing_core.methods.base import Tables
 from diffing_core.methods.diff_mining.cleanup import CleanUp, Groups
 from diffing_core.methods.diff_mining.cooccurrence import Cooccurrence, position_table
 from diffing_core.methods.diff_mining.counts import TokenSums, statistics
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.evidence import DocumentCounts
 from diffing_core.methods.diff_mining.extremes import largest
 from diffing_core.methods.diff_mining.listing import Listing
 from diffing_core.methods.diff_mining.positions import AnswerWindow, PositionCounts
 from diffing_core.methods.diff_mining.schema import COOCCURRENCE, ORDERINGS, POSITIONS, TOPICS, VOCABULARY, WINDOWS
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 from diffing_core.methods.diff_mining.source import Reading, Source
 from diffing_core.methods.diff_mining.topics import PositionSample, find_topics
 from diffing_core.methods.diff_mining.windows import LikelihoodWindows

@@ -14,8 +14,8 @@ import pyarrow as pa
 from diffing_core.blocks import StreamContext
 from diffing_core.methods.diff_mining.cleanup import CleanUp
 from diffing_core.methods.diff_mining.counts import Statistics, used
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.schema import ORDERINGS, TOPICS, VOCABULARY
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 from diffing_core.methods.diff_mining.topics import NEGLIGIBLE, Topics
 
 NULLABLE = ("p_value", "q_value")

@@ -7,7 +7,7 @@ import numpy as np
 
 from diffing_core.blocks import TokenBlock
 from diffing_core.corpus import ProbeCorpus
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 from diffing_core.position_labels import origin
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from diffing_core.blocks import StreamContext, TokenBlock
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.patchscope import PatchedPrompt
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 from diffing_core.sampling import sampled
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.factorisation import factorise
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 from diffing_core.sampling import position_hash
 
 NEGLIGIBLE = 1e-6

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.corpus import ROLES, ProbeSequence
-from diffing_core.methods.diff_mining.declaration import DiffMiningSettings
 from diffing_core.methods.diff_mining.schema import WINDOWS
+from diffing_core.methods.diff_mining.settings import DiffMiningSettings
 
 Window = tuple[float, int, int, int]  # −|ratio|, sequence, position of the first token, tokens
 

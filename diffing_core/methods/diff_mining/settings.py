@@ -1,4 +1,4 @@
-"""Settings of `diff_mining`; its tables are in `schema`."""
+"""Settings of `diff_mining`."""
 
 from typing import Literal
 
