@@ -34,7 +34,7 @@ from tests.model_files import truncated_adapter
 
 LIMIT_S = 120
 CHEAP = [diff_key(get_method(name)) for name in ("kl", "norm_diff")]
-GOOD, BROKEN = "benign__tiny__seed1", "broken__tiny__default"
+GOOD, BROKEN = "cake_bake__tiny__default", "broken__tiny__default"
 UI = "from diffing_assets.cli import main; main()"
 
 
@@ -161,7 +161,7 @@ def test_pairs_run_on_the_server_that_is_there_and_a_broken_one_is_told_apart(
 ) -> None:
     with running_server() as found:
         assert found.url == f"http://127.0.0.1:{ui.port}", "a second daemon on one instance"
-        succeeded = run(found, "cheap methods", CHEAP, [[GOOD, BROKEN]])
+        succeeded = run(found, "cheap methods", CHEAP, [[BROKEN, GOOD]])
         with pytest.raises(DiffingError, match="did not accept the run 'nothing'"):
             run(found, "nothing", [dg.AssetKey(["diffs", "no_such_method"])])
     assert not succeeded
@@ -177,7 +177,7 @@ def test_pairs_run_on_the_server_that_is_there_and_a_broken_one_is_told_apart(
             states = instance.get_status_by_partition(key, [GOOD, BROKEN], PAIRS)
             assert states == {GOOD: AssetPartitionStatus.MATERIALIZED, BROKEN: AssetPartitionStatus.FAILED}
     rows = Lake(ui.home / "lake").read(RUNS).to_pylist()
-    assert {(row["organism"], row["method"]) for row in rows} == {("benign", "kl"), ("benign", "norm_diff")}
+    assert {(row["organism"], row["method"]) for row in rows} == {("cake_bake", "kl"), ("cake_bake", "norm_diff")}
 
 
 def test_a_backfill_is_one_piece_of_work_in_the_web_ui(ui: Ui, caplog: pytest.LogCaptureFixture) -> None:
