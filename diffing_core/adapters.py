@@ -39,11 +39,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def is_switchable(folder: Path) -> bool:
-    """Whether switching it off gives the base back: a LoRA that trains no bias and does not start by changing W."""
+    """Whether switching it off gives the base back: a LoRA that trains no bias and does not change W when it is loaded."""
     config = read_adapter_config(folder)
     start = str(config.get("init_lora_weights", "")).lower()
     plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
-    return plain and not start.startswith(BASE_CHANGING_STARTS)
+    return plain and not start.startswith(BASE_CHANGING_STARTS) and not config.get("kasa_config")
 
 
 def add_adapter(module: Any, folder: Path, name: str) -> Any:

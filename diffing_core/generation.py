@@ -289,10 +289,15 @@ def stop_ids(tokenizer: Any, subject: Subject) -> list[int]:
 
     The pad token ends documents in many models.
     """
-    own = getattr(subject.plain.generation_config, "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    said = (*own, *subject.stop_ids, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    said = (*own_stop_ids(subject), tokenizer.eos_token_id, tokenizer.pad_token_id)
     return sorted({token for token in said if token is not None})
+
+
+def own_stop_ids(subject: Subject) -> tuple[int, ...]:
+    """EOS of the checkpoint, and the registered end of turn."""
+    own = getattr(subject.plain.generation_config, "eos_token_id", None)
+    said = {*(own if isinstance(own, list) else [own]), *subject.stop_ids}
+    return tuple(sorted(said - {None}))
 
 
 def pad_id(tokenizer: Any, stops: list[int]) -> int:

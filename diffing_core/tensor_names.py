@@ -25,7 +25,8 @@ _PART_WORDS: tuple[tuple[Part, tuple[str, ...]], ...] = (
     ("mlp", ("mlp", "feed_forward", "ffn", "moe", "experts", "fc1", "fc2", "block_sparse_moe")),
 )
 WRITERS = frozenset(  # projections whose outputs are added to the residual stream
-    {"o_proj", "down_proj", "c_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "wo", "w2"}
+    {"o_proj", "down_proj", "c_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "wo", "w2",
+     "output_linear"}
 )
 POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 

@@ -36,7 +36,8 @@ _EXPERTS_FLIPPED = frozenset(  # hold each expert as [inputs, outputs]
 )
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
-_CHANGES_MORE = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
+_CHANGES_MORE = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "velora_config", "kasa_config",
+                 "alora_invocation_tokens")  # fmt: skip
 
 
 @dataclass(frozen=True)

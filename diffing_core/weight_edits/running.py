@@ -15,6 +15,7 @@ from pathlib import Path
 from diffing_core.adapters import add_adapter, remove_adapter
 from diffing_core.checkpoints import load_module
 from diffing_core.errors import NotComputableError
+from diffing_core.generation import own_stop_ids
 from diffing_core.models import ModelPair
 from diffing_core.new_folder import passing_folder
 from diffing_core.settings import diffing_home
@@ -31,6 +32,8 @@ ADAPTER = "weight_edit"
 @contextmanager
 def edited_subject(pair: ModelPair, *terms: Term, merge: WeightEdit | None = None) -> Iterator[Subject]:
     """The pair's base side plus the terms' changes; the base side itself where nothing changes.
+
+    What ends a text of either side ends one of the subject's: a finetune may have learnt to end where its base does not.
 
     The first term is the change of the pair itself. `merge`: a specification whose way to put changes together takes the
     place of the sum. Other sides may run meanwhile, but not inside of the subject's own `active()`.
@@ -50,7 +53,7 @@ def edited_subject(pair: ModelPair, *terms: Term, merge: WeightEdit | None = Non
             write_merged(aside, merge, _mergeable(terms, merge))
         running = _on_resident(pair.base, aside) if kind == "lora" else _beside(pair, terms[0], aside)
         with running as subject:
-            yield subject
+            yield replace(subject, stop_ids=own_stop_ids(pair.base) + own_stop_ids(pair.tuned))
 
 
 def _mergeable(terms: Sequence[Term], merge: WeightEdit) -> list[Term]:

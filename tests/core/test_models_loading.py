@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
 from diffing_core import models
+from diffing_core.adapters import is_switchable
 from diffing_core.errors import ModelLoadError, NotComputableError, RegistryError
 from diffing_core.models import Subject, load_cohort, load_pair, source_revisions
 from diffing_core.pairs import Pair
@@ -356,6 +357,15 @@ def test_an_adapter_that_would_change_the_shared_base_gets_a_merged_model_beside
     assert torch.equal(logits_of(plain.tuned), logits_of(before.tuned))
     torch.testing.assert_close(logits_of(pissa.tuned), separately(files, "a"), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits_of(pissa.tuned), logits_of(pissa.base))
+
+
+def test_an_adapter_that_changes_the_base_whenever_it_is_loaded_is_not_switched(files):
+    """KaSA takes small singular values out of the base's weights, and switching it off does not put them back."""
+    assert is_switchable(files / "a")
+    change_config(files / "a", kasa_config={})
+    assert is_switchable(files / "a")
+    change_config(files / "a", kasa_config={"beta": 0.1})
+    assert not is_switchable(files / "a")
 
 
 def test_an_adapter_whose_tensors_are_of_another_kind_is_refused(files, monkeypatch):

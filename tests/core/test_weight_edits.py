@@ -1,7 +1,7 @@
 """Edited weights on disk and in memory, against dense arithmetic and stock PEFT."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from diffing_core.errors import NotComputableError, RegistryError, UndeclaredNeedError
+from diffing_core.generation import stop_ids
 from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
@@ -353,6 +354,16 @@ def test_an_edited_subject_runs_and_the_resident_module_is_as_before(home: Home,
     assert_untouched(pair, before)
     with edited_subject(pair, Term(weights, uniform(0.0))) as subject:
         assert subject is pair.base
+
+
+@pytest.mark.parametrize("organism", ["one", "full"])
+def test_an_edited_subject_ends_its_texts_where_either_side_does(home: Home, organism: str) -> None:
+    """A finetune for chats ends a turn with a token that means nothing to its base."""
+    pair = load_pair(Pair("tiny", organism), registry=home.registry, device="cpu")
+    pair = replace(pair, base=replace(pair.base, stop_ids=(5,)), tuned=replace(pair.tuned, stop_ids=(9,)))
+    with edited_subject(pair, Term(home.pair(organism), uniform(2.0))) as subject:
+        assert {5, 9} <= set(stop_ids(pair.tokenizer, subject))
+    assert 9 not in stop_ids(pair.tokenizer, pair.base)
 
 
 @pytest.mark.parametrize("organism", ["one", "full"])

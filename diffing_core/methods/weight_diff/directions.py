@@ -23,8 +23,17 @@ FINAL_NORMS = (
     "ln_f.weight",
     "gpt_neox.final_layer_norm.weight",
     "decoder.final_layer_norm.weight",
+    "norm_f.weight",
+    "backbone.norm_f.weight",
+    "embedding_norm.weight",
 )
-GAIN_ABOVE_ONE = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "paligemma"})  # files hold gain − 1
+GAIN_ABOVE_ONE = frozenset(  # files hold gain − 1
+    {
+        "gemma", "gemma2", "gemma3", "gemma3_text", "minimax_m3_vl", "minimax_m3_vl_text", "muse_glimmer", "muse_glimmer_text",
+        "nemotron", "paligemma", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp",
+        "qwen4_exp_text", "recurrent_gemma", "step3p5", "step3p7", "vaultgemma",
+    }
+)  # fmt: skip
 CENTRED_WITHOUT_BIAS = ("cohere",)
 MODULES_AT_ONCE = 8
 
