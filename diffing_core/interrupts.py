@@ -12,21 +12,23 @@ WAITING = (signal.SIGINT, signal.SIGTERM)
 def held_interrupts() -> Iterator[Callable[[], None]]:
     """Holds back SIGINT and SIGTERM; gives a function that lets one that came meanwhile act, to be called between steps.
 
-    What acts is the handler that was set before: Python's KeyboardInterrupt, or an orchestrator's. Signals come to the
-    main thread only, so elsewhere nothing is held back.
+    What acts is the handler that was set before: Python's KeyboardInterrupt, or an orchestrator's; where there is none, the
+    process ends by SystemExit. Signals come to the main thread only, so elsewhere nothing is held back.
     """
     came: list[tuple[int, object]] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
     before = {number: signal.getsignal(number) for number in WAITING}
-    held = [number for number, handler in before.items() if callable(handler)]
+    held = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
     for number in held:
         signal.signal(number, lambda *signalled: came.append(signalled))
 
     def act() -> None:
         while came:
             number, frame = came.pop()
+            if before[number] is signal.SIG_DFL:
+                raise SystemExit(128 + number)
             before[number](number, frame)
 
     try:

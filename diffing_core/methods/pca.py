@@ -165,12 +165,14 @@ def run(inputs: Inputs, settings: PcaSettings) -> Tables:
 def _fitted(rows: PairedActivations, layer: int, device: Any, settings: PcaSettings) -> Iterator[_Fit]:
     """The targets at one layer, all from one reading; a matrix each, which is gone when the next fit is asked for."""
     sums = {target: Covariance(rows.d_model, device) for target in settings.targets}
-    n_rows = sum(file.n_rows for file in rows.files)
-    with track(n_rows, "rows", f"pca, layer {layer}") as done:
+    n_left = rows.count()
+    with track(n_left, "rows", f"pca, layer {layer}") as done:
         for block in rows.blocks():
             for target, covariance in sums.items():
                 covariance.add(getattr(block, f"{target}_ND"))
+            n_left -= len(block)
             done(len(block))
+        done(n_left)  # the outliers, which no block holds
     for target in settings.targets:
         covariance = sums.pop(target)
         principal = covariance.principal(settings.components or rows.d_model, centred=settings.centred)

@@ -30,6 +30,20 @@ def test_an_interrupt_of_the_last_step_is_not_lost() -> None:
     assert done == ["step"]
 
 
+def test_a_plain_kill_ends_the_process_between_steps_where_nobody_handles_it() -> None:
+    """As `kill` or a container's stop does to a training in a terminal."""
+    before, done = signal.signal(signal.SIGTERM, signal.SIG_DFL), []
+    try:
+        with pytest.raises(SystemExit) as ended, held_interrupts() as act:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("step")
+            act()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done, ended.value.code) == (["step"], 128 + signal.SIGTERM)
+
+
 def test_another_thread_holds_nothing_back() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 

@@ -52,7 +52,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="crosscoder",
-    version="4",
+    version="5",
     kind="fit",
     needs=frozenset({Need.ACTIVATIONS, Need.MODELS, Need.FOLDER}),
     settings=CrosscoderSettings,

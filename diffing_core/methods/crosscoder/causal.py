@@ -87,10 +87,10 @@ def causal_effects(
     sums_KCS: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     counts_KS: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     with torch.inference_mode():
-        for batch, read_N, answer_N in tokens.batches(reading.context.corpus):
+        for batch, read_N, seen_N, answer_N in tokens.batches(reading.context.corpus):
             kl_CN, row_N = _patched(crosscoder, reading, layer, tried, batch, read_N, tokens.outliers)
             n_rows = len(batch.sequences)
-            for sums_CS, counts_S, weight_N in zip(sums_KCS, counts_KS, (np.ones(len(row_N)), answer_N.astype(float)), strict=True):
+            for sums_CS, counts_S, weight_N in zip(sums_KCS, counts_KS, (seen_N * 1.0, answer_N * 1.0), strict=True):
                 counts_S.append(np.bincount(row_N, weight_N, n_rows))
                 sums_CS.append(np.stack([np.bincount(row_N, kl_N * weight_N, n_rows) for kl_N in kl_CN]))
     whole, answers = (
@@ -121,9 +121,9 @@ class Read(NamedTuple):
     template: bool = True
     held_out_S: np.ndarray | None = None
 
-    def batches(self, corpus: ProbeCorpus) -> Iterator[tuple[TokenBatch, np.ndarray, np.ndarray]]:
-        """The sequences, the same in every run; which of their tokens are encoded unless they are outliers, and which are
-        of answers (the assistant's, less the template's), bool [N] both."""
+    def batches(self, corpus: ProbeCorpus) -> Iterator[tuple[TokenBatch, np.ndarray, np.ndarray, np.ndarray]]:
+        """The sequences, the same in every run; which of their tokens are encoded unless they are outliers, which methods see
+        at all, and which of these are of answers (the assistant's, less the template's), bool [N] each."""
         every = corpus.sequences
         order = np.argsort(position_hash(np.arange(len(every)), np.zeros(len(every), np.int64), self.seed))
         if self.held_out_S is not None:
@@ -132,11 +132,12 @@ class Read(NamedTuple):
         chosen = tuple(every[index] for index in order[: np.searchsorted(n_tokens, self.n_tokens) + 1])
         for batch in replace(corpus, sequences=chosen).batches(TOKENS_PER_BATCH):
             sequences = [chosen[index] for index in batch.sequences]
-            yield batch, self._encoded(sequences, corpus.skip_first_tokens), _answers(sequences)
+            seen = [np.arange(len(sequence)) >= max(sequence.start, corpus.skip_first_tokens) for sequence in sequences]
+            seen_N = np.concatenate(seen)
+            yield batch, seen_N & self._encoded(sequences), seen_N, seen_N & _answers(sequences)
 
-    def _encoded(self, sequences: list[ProbeSequence], skipped: int) -> np.ndarray:
-        position_N = np.concatenate([np.arange(len(sequence)) for sequence in sequences])
-        kept_N = position_N >= max(self.first_position, skipped)
+    def _encoded(self, sequences: list[ProbeSequence]) -> np.ndarray:
+        kept_N = np.concatenate([np.arange(len(sequence)) for sequence in sequences]) >= self.first_position
         if self.roles is not None:
             wanted = [ROLES.index(role) for role in self.roles]
             kept_N &= np.isin(np.concatenate([sequence.role_T for sequence in sequences]), wanted)
@@ -165,7 +166,8 @@ def _patched(
     for condition in tried:
         state_ND = _state(crosscoder, condition, base_ND.float(), tuned_ND.float(), code_NF)
         if condition.name in WHOLE:  # has a part of its own at tokens that the crosscoder does not read
-            own_ND = tuned_ND if condition.action == "replace" else base_ND
+            explains = condition.action == "add" and condition.name != ERROR
+            own_ND = base_ND if explains else tuned_ND  # there nothing is explained, and the error is all of the difference
             state_ND = torch.where(read_N1, state_ND, own_ND.float())
         patched_NV = _logprobs(reading, layer, batch, state_ND.to(tuned_ND))
         kl_N = (own_NV.exp() * (own_NV - patched_NV)).sum(-1).clamp(min=0)

@@ -95,7 +95,7 @@ def _of(tables: Tables, name: str, layers: dict[int, float]) -> list[dict]:
 
 METHOD = Method(
     name="itda",
-    version="3",
+    version="4",
     kind="fit",
     needs=frozenset({Need.ACTIVATIONS, Need.MODELS, Need.FOLDER}),
     settings=ItdaSettings,

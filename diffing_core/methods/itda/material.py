@@ -1,18 +1,20 @@
 """The tokens that dictionaries are built from and measured on, with both models' vectors, at one layer.
 
-Which tokens is decided by a hash of their place, never by the models: layers and finetunes are compared on the same ones.
+Which tokens is decided by a hash of their place, so layers and finetunes are compared on the same ones, but for outliers,
+which are each layer's and each pair's own.
 A dictionary sees single tokens from all over the texts; whole texts are held out.
 
 Suffixes: N tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from diffing_core.activation_pairs import PairedActivations, PairedRows, StoredPair, joined
+from diffing_core.activations import ActivationBlock
 from diffing_core.errors import NotComputableError
 from diffing_core.fit_reading import FitReading
 from diffing_core.itda_dictionary import Staged, usable
@@ -88,16 +90,18 @@ class Chosen:
                 "or probe with more texts"
             )
         in_order = documents[np.argsort(position_hash(documents, np.zeros_like(documents), ORDER))]
-        self._held_out = _until(in_order, reading, settings.held_out_tokens)
+        n_read = {document: self._n_read(document) for document in in_order}
+        self._held_out = _until([document for document in in_order if n_read[document]], n_read, settings.held_out_tokens)
 
     def read(self, at: PairedActivations) -> tuple[Material, Material]:
         """At most `max_tokens` single tokens, in hash order; and whole held-out texts, in stored order. One reading."""
         wanted, share = self._settings.max_tokens, self._settings.held_out_share
-        n_rows = sum(file.n_rows for file in at.files)
+        every = self._settings.rows(at, share)
+        n_outliers = n_rows = every.count()
+        if not n_rows:
+            raise self._nothing("stored")
         below = min(1.0, 1.5 * wanted / (n_rows * (1 - share)) + 50 / n_rows) * (2**64 - 1)  # more than are wanted: the hash is no count
         fit, held_out = [], []
-        every = self._settings.rows(at, share)
-        n_outliers = every.count()
         for rows in every.blocks():
             n_outliers -= len(rows)
             sequence_N = self._reading.sequence_N(rows)
@@ -112,15 +116,30 @@ class Chosen:
 
     def held_out_documents(self, n_tokens: int) -> list[int]:
         """Some of the held-out texts, about as many tokens of them; one at least."""
-        return _until(self._held_out, self._reading, n_tokens)
+        lengths = {document: len(self._reading.context.corpus.sequences[document]) for document in self._held_out}
+        return _until(self._held_out, lengths, n_tokens)
+
+    def _n_read(self, document: int) -> int:
+        """Tokens of a text that the settings choose, outliers among them."""
+        corpus = self._reading.context.corpus
+        sequence, seen = corpus.sequences[document], slice(corpus.first_seen_S[document], None)
+        position_N = np.arange(len(sequence))[seen]
+        facts = ActivationBlock(
+            np.full_like(position_N, document), position_N, sequence.token_T[seen], sequence.role_T[seen], sequence.template_T[seen], None
+        )
+        return int(self._settings.selection().keeps(facts).sum())
 
     def _some(self, parts: Sequence[PairedRows], what: str) -> PairedRows:
         if not sum(map(len, parts)):
-            raise NotComputableError(
-                f"no token of the {what} texts is left from position {self._settings.first_position} on; lower first_position, or "
-                "probe with more or longer texts"
-            )
+            raise self._nothing(what)
         return joined(parts)
+
+    def _nothing(self, what: str) -> NotComputableError:
+        settings = self._settings
+        return NotComputableError(
+            f"no token of the {what} texts is left from position {settings.first_position} on with roles {settings.roles or 'all'} and "
+            f"template={settings.template}; choose more of them, or probe with more or longer texts"
+        )
 
     def _hash_N(self, rows: PairedRows) -> np.ndarray:
         return position_hash(self._reading.sequence_N(rows), rows.position_N, ORDER)
@@ -136,7 +155,7 @@ class Chosen:
         return Material(rows, self._reading.sequence_N(rows), n_left_out, n_outliers)
 
 
-def _until(documents: Sequence[int], reading: FitReading, n_tokens: int) -> list[int]:
+def _until(documents: Sequence[int], n_tokens_of: Mapping[int, int], n_tokens: int) -> list[int]:
     """The first documents whose tokens do not exceed a number; one at least."""
-    lengths = [len(reading.context.corpus.sequences[document]) for document in documents]
+    lengths = [n_tokens_of[document] for document in documents]
     return [int(each) for each in documents[: max(1, int(np.searchsorted(np.cumsum(lengths), n_tokens, side="right")))]]

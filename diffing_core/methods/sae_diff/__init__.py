@@ -119,7 +119,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="sae_diff",
-    version="2",
+    version="3",
     kind="fit",
     needs=frozenset({Need.MODELS, Need.ACTIVATIONS, Need.FOLDER}),
     settings=SaeDiffSettings,

@@ -281,6 +281,22 @@ def test_the_causal_test_reads_what_was_not_trained_on(made: tuple[ModelPair, St
     assert 0 < sum(read) == held_out_S.sum() < 40
 
 
+@pytest.mark.parametrize("skipped", ["by the model", "by the corpus"])
+def test_the_causal_test_neither_encodes_nor_counts_tokens_that_no_method_sees(
+    made: tuple[ModelPair, StoredPair], skipped: str
+) -> None:
+    """Tokens before `skip_first_tokens` of the model, or before where a corpus's sequences start, are context alone."""
+    reading = FitReading(*made)
+    plain = reading.context.corpus
+    late = replace(plain, sequences=tuple(replace(sequence, start=3) for sequence in plain.sequences))
+    shown = plain.skipping(3) if skipped == "by the model" else late
+    object.__setattr__(reading.context, "corpus", shown)
+    tokens = Read(10**6, 0, None, 0)
+    whole, _ = causal_effects(some_crosscoder(), reading, 1, conditions({}, np.arange(0), np.arange(0), 0), tokens)
+    assert whole.n_tokens == shown.n_tokens == plain.n_tokens - 3 * 40
+    assert sum(read_N.sum() for _, read_N, *_ in tokens.batches(shown)) == shown.n_tokens
+
+
 def test_controls_are_as_large_as_their_set_and_share_nothing_with_it() -> None:
     chosen, everything = np.asarray([1, 4, 6]), np.arange(10)
     tried = {(each.name, each.action): each.latents for each in conditions({"found": chosen}, everything, everything, 0)}
@@ -419,8 +435,8 @@ def test_roles_and_template_choose_what_is_read_and_encoded(made: tuple[ModelPai
     user = ROLES.index("user")
     role_T, template_T = np.asarray([0, user, user, user, 0], np.int8), np.asarray([0, 0, 0, 1, 1], bool)
     text = ProbeCorpus("chat", (ProbeSequence(np.arange(5, dtype=np.int32), role_T, template_T),), 1)
-    [(_, read_N, answer_N)] = Read(5, 2, None, 0, settings.roles, settings.template).batches(text)
-    [(_, default_N, _)] = Read(5, 2, None, 0).batches(text)
+    [(_, read_N, _, answer_N)] = Read(5, 2, None, 0, settings.roles, settings.template).batches(text)
+    [(_, default_N, *_)] = Read(5, 2, None, 0).batches(text)
     assert read_N.tolist() == [False, False, True, False, False] and not answer_N.any()
     assert default_N.tolist() == [False, False, True, True, True]
 

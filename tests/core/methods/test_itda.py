@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from diffing_core import pursuit
 from diffing_core.activation_pairs import StoredPair
 from diffing_core.activations import ActivationStore
-from diffing_core.corpus import ProbeCorpus, ProbeSequence
+from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
 from diffing_core.errors import NotComputableError
 from diffing_core.fit_reading import FitReading
 from diffing_core.itda_dictionary import Dictionary, Staged, unit
@@ -104,6 +104,25 @@ def tables(planted: Case, tmp_path_factory: pytest.TempPathFactory) -> Tables:
 
 def frame(tables: Tables, name: str) -> pl.DataFrame:
     return pl.from_arrow(tables[f"itda_{name}"])
+
+
+def answered(n_texts: int, n_answer: int) -> ProbeCorpus:
+    """Texts of 20 tokens, of which the last few are an answer."""
+    draw = np.random.default_rng(0)
+    role_T = np.where(np.arange(20) >= 20 - n_answer, ROLES.index("assistant"), 0).astype(np.int8)
+    tokens = draw.integers(8, model_files.VOCAB, (n_texts, 20)).astype(np.int32)
+    return ProbeCorpus(f"answers{n_answer}", tuple(ProbeSequence(each_T, role_T, np.zeros(20, bool)) for each_T in tokens), n_texts)
+
+
+def test_as_many_tokens_are_taken_as_asked_for_whatever_the_roles(tmp_path: Path) -> None:
+    """Most texts have no answer: sizes count what is chosen, not what lies beside it."""
+    case = Case(tmp_path, 3.0, (answered(60, 0), answered(60, 4)))
+    settings = {"roles": ("assistant",), "max_tokens": 120, "held_out_tokens": 20, "outlier_ratio": 1e9}
+    fit, held_out = case.chosen(**settings).read(case.stored.at(1))
+    assert len(fit) == 120
+    assert len(held_out) == 20
+    with pytest.raises(NotComputableError, match=r"no token of the stored texts is left .* roles \('tool',\)"):
+        case.chosen(**settings | {"roles": ("tool",)}).read(case.stored.at(1))
 
 
 def test_new_atoms_are_tokens_that_tuning_touched(tables: Tables) -> None:

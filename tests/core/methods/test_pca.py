@@ -1,5 +1,7 @@
 """Components of tiny pairs: closed forms, scikit-learn, both ends, and what is left out."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from diffing_core.activations import ActivationStore
 from diffing_core.comparison import timed_run
 from diffing_core.corpus import ROLES, ProbeCorpus, ProbeSequence
 from diffing_core.errors import NotComputableError
-from diffing_core.methods import get_method
+from diffing_core.methods import get_method, pca
 from diffing_core.methods.base import Inputs, Need, Tables
 from diffing_core.methods.pca import PcaSettings, findings, headline
 from diffing_core.models import ModelPair, Subject
@@ -80,6 +82,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelPair, StoredPai
 
 def vectors(stored: StoredPair, layer: int, target: str) -> np.ndarray:
     return torch.cat([getattr(rows, f"{target}_ND").double() for rows in stored.at(layer).blocks()]).numpy()
+
+
+def test_progress_counts_the_rows_that_are_read(made: tuple[ModelPair, StoredPair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position 0 is left out by default, and outliers may be: the last line would never come."""
+    told: list[list[int]] = []
+
+    @contextmanager
+    def counted(total: int, *_: str) -> Iterator[Callable[[int], None]]:
+        steps: list[int] = []
+        yield steps.append
+        told.append([total, sum(steps)])
+
+    monkeypatch.setattr(pca, "track", counted)
+    run(*made, outlier_ratio=1.05)
+    assert len(told) == len(made[1].layers)
+    assert all(total == read > 0 for total, read in told)
 
 
 @pytest.mark.parametrize("target", ["difference", "base", "tuned"])
