@@ -23,7 +23,7 @@ top_tokens as (
 ),
 
 crosscoder_removed as (
-    select * from {{ ref('stg_crosscoder_causal') }} where latents = 'tuned_only by scaling' and action = 'add'
+    select * from {{ ref('stg_crosscoder_causal') }} where latents = 'listed' and action = 'add'
 ),
 
 itda_removed as (
