@@ -62,8 +62,8 @@ class AdaptableModules:
         """The module of a weight; raises NotComputableError for a weight that no LoRA can change."""
         if name not in self.by_weight:
             raise NotComputableError(
-                f"{name} is the weight of no linear layer or embedding, so no adapter can change it; cut no rank and "
-                "add changes up (`combine: sum`), and a whole checkpoint is written"
+                f"{name} is the weight of no linear layer or embedding, so no adapter can change it; add changes "
+                "up (`combine: sum`), and a whole checkpoint is written"
             )
         return self.by_weight[name]
 

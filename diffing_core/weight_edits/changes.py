@@ -44,7 +44,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class EditedTensor:
-    """What is added to one tensor of the base, or to one of the experts that it stacks, oriented as y = W x.
+    """What is added to one tensor of the base, or to one of the experts that it stacks, of its shape, oriented as y = W x.
 
     Factors or, where there are none, the whole change.
     `heads_too`: it changes an embedding that is also the head.
@@ -138,10 +138,19 @@ def _weighed(term: Term) -> Iterator[EditedTensor]:
             continue
         if term.turn_seed is not None:
             change = turned(change, term.turn_seed, delta.name, delta.expert)
-        scaled = _scaled(change, weight)
+        scaled = _scaled(_on_all_rows(change, delta), weight)
         heads_too = head_follows and delta.pair is not None and delta.name in EMBEDDINGS
         given = {"factors": scaled} if isinstance(change, Factors) else {"change": scaled}
         yield EditedTensor(delta.name, delta.layer, delta.part, delta.expert, delta.flipped, heads_too=heads_too, **given)
+
+
+def _on_all_rows(change: "Factors | Any", delta: TensorDelta) -> "Factors | Any":
+    """The change with zeros for rows of the base that a finetune with a smaller vocabulary lacks."""
+    if delta.pair is None or delta.pair.only_base is None:
+        return change
+    rows_MR = change.left_MR if isinstance(change, Factors) else change
+    padded_MR = torch.cat([rows_MR, rows_MR.new_zeros(len(delta.pair.only_base), *rows_MR.shape[1:])])
+    return replace(change, left_MR=padded_MR) if isinstance(change, Factors) else padded_MR
 
 
 def weighed_names(term: Term, opened: OpenPair) -> Iterator[tuple[str, float]]:

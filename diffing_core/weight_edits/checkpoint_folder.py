@@ -56,14 +56,9 @@ def _whole(tensors: Iterable[EditedTensor], base: OpenSide, folder: Path) -> Ite
 
 
 def _added(base: OpenSide, edited: EditedTensor) -> Any:
-    """W_base + change, in the base's number format; of a resized vocabulary the common rows."""
+    """W_base + change, in the base's number format."""
     stored = base.place(edited.name).read()
-    whole = base.dense(edited.name, flip=edited.flipped).clone()
-    change = edited.dense()
-    if change.ndim:
-        whole[: len(change)] += change
-    else:
-        whole += change
+    whole = base.dense(edited.name, flip=edited.flipped) + edited.dense()
     return (whole.mT if edited.flipped else whole).to(stored.dtype).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""An edit on disk: a PEFT folder where every change has factors, else a Hugging Face checkpoint.
+"""An edit on disk: a PEFT folder where every change has factors and a module to lie on, else a Hugging Face checkpoint.
 
     write_edit(edit, model, registry, parent)  -> parent/<name>-<hash of everything that decides the weights>
 
@@ -71,16 +71,16 @@ def write_terms(
     base = registered_base(terms[0].pair)
     own = _own_adapter(terms[0].pair, base) if from_source else ()
     if is_low_rank((*own, *terms)):
-        terms = (*own, *terms)
         modules = modules or AdaptableModules.of_folder(base.folder, terms[0].pair.entry)
-        write_adapter(folder, edited_tensors(terms), modules, base.folder)
-        return "lora"
+        if all(_is_carried(term, modules) for term in (*own, *terms)):
+            write_adapter(folder, edited_tensors((*own, *terms)), modules, base.folder)
+            return "lora"
     write_checkpoint(folder, edited_tensors(terms), base)
     return "full"
 
 
 def is_low_rank(terms: Sequence[Term]) -> bool:
-    """Whether the sum can be an adapter: known from the files' headers and what is kept, without computing it."""
+    """Whether every change in the sum has factors: known from the files' headers and what is kept, without computing it."""
     return all(_has_factors(term) for term in terms)
 
 
@@ -100,6 +100,15 @@ def _has_factors(term: Term) -> bool:
     if base.checkpoint.folder != tuned.checkpoint.folder or base.saved or tuned.saved:
         return False
     return all(side.is_low_rank(name) for side in (base, tuned) for name in side.touched())
+
+
+def _is_carried(term: Term, modules: AdaptableModules) -> bool:
+    """Whether every matrix that may change is the weight of a module that can carry a LoRA.
+
+    A router or a state matrix may be a bare parameter, and what the files keep as one matrix per expert may run as a stack.
+    """
+    base, changed = OpenSide(term.pair.base), weighed_names(term, OpenPair(term.pair))
+    return all(name in modules.by_weight for name, _ in changed if len(base.place(name).shape) == 2)
 
 
 def _note(folder: Path, made_of: dict[str, Any]) -> None:

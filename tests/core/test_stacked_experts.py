@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from diffing_core.errors import NotComputableError
@@ -23,6 +24,19 @@ from tests import model_files
 E, D, INNER, RANK = 3, model_files.WIDTH, 12, 2
 PATH = "model.layers.0.mlp.experts"
 SHAPES = {"down_proj": (D, INNER), "gate_up_proj": (2 * INNER, D)}
+STOCK = {
+    "qwen2_moe": (
+        tf.Qwen2MoeConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_experts=E,
+            num_experts_per_tok=2, intermediate_size=24, moe_intermediate_size=INNER, shared_expert_intermediate_size=INNER,
+        ),
+        {"model.layers.0.mlp.experts.0.down_proj.weight", "model.layers.0.mlp.gate.weight"},
+    ),
+    "mamba": (
+        tf.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, state_size=4),
+        {"backbone.layers.0.mixer.A_log"},
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +117,31 @@ def test_no_adapter_and_no_merge_of_adapters_is_made_of_stacks(plain, tmp_path):
     with pytest.raises(NotComputableError, match="no adapter can change it"):
         write_merged(tmp_path / "m", edit, [Term(pair, rank=1)])
     assert is_low_rank([Term(pair, uniform(0.0))])
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "mamba"])
+def test_a_copy_of_rank_k_is_a_checkpoint_where_a_changed_matrix_runs_as_no_module(tmp_path, kind):
+    """Files keep every expert alone, the model runs stacks; its router, and what Mamba calls A_log, are bare parameters."""
+    config, bare = STOCK[kind]
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    pair = WeightPair.of_folders(tmp_path / "base", tmp_path / "tuned")
+    (tmp_path / "copy").mkdir()
+    assert write_terms(tmp_path / "copy", [Term(pair, rank=1)]) == "full"
+    base, tuned, copy = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned", "copy"))
+    assert bare <= base.keys() and copy.keys() == base.keys()
+    for key, before in base.items():
+        expected = torch.zeros_like(before)
+        if before.ndim == 2:
+            left, sigma, right = torch.linalg.svd(tuned[key] - before, full_matrices=False)
+            expected = sigma[0] * torch.outer(left[:, 0], right[0])
+        torch.testing.assert_close(copy[key] - before, expected, atol=1e-4, rtol=1e-3)
+    tf.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
 
 
 def test_rank_truncation_has_a_row_per_expert(plain, tmp_path):

@@ -18,7 +18,7 @@ from diffing_core.registry import Registry
 from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, uniform, write_edit
 from diffing_core.weight_edits import checkpoint_folder as writer
 from diffing_core.weight_edits.changes import edited_tensors, leading
-from diffing_core.weight_edits.folders import NOTE_FILE
+from diffing_core.weight_edits.folders import NOTE_FILE, write_terms
 from diffing_core.weights import OpenPair, WeightPair
 from tests import model_files
 
@@ -517,3 +517,30 @@ def test_adapters_alone_run_on_the_resident_base_whatever_the_pair_is(
     expected.load_state_dict(combined(home, two=-0.5))
     torch.testing.assert_close(found, logits(expected), atol=1e-4, rtol=1e-4)
     assert read == {home.folder("base")}
+
+
+@pytest.mark.parametrize("rank", [1, None])
+def test_rows_that_a_smaller_vocabulary_lacks_stay_the_bases_own(home: Home, tmp_path: Path, rank: int | None) -> None:
+    """Alone, and beside a finetune that has them all."""
+    tuned = tf.AutoModelForCausalLM.from_pretrained(home.folder("full"))
+    tuned.resize_token_embeddings(60)
+    tuned.save_pretrained(tmp_path / "tuned")
+    pair = ModelPair.of(tf.AutoModelForCausalLM.from_pretrained(home.folder("base")), tuned, model_files.tokenizer())
+    files = WeightPair.of_folders(home.folder("base"), tmp_path / "tuned"), home.pair("full")
+    fewer, all_rows = (Term(each, rank=rank) for each in files)
+    key, before = "model.embed_tokens.weight", merged(home, "base")["model.embed_tokens.weight"]
+
+    def cut(change: torch.Tensor) -> torch.Tensor:
+        return change if rank is None else leading(change, rank).dense()
+
+    whole = merged(home, "full")[key] - before
+    of_fewer = torch.cat([cut(whole[:60]), torch.zeros(4, model_files.WIDTH)])
+    for terms, expected in (((fewer,), of_fewer), ((fewer, all_rows), of_fewer + cut(whole))):
+        (folder := tmp_path / str(len(terms))).mkdir()
+        write_terms(folder, terms)
+        torch.testing.assert_close(loaded(home, folder)[key] - before, expected, atol=1e-5, rtol=1e-4)
+        with edited_subject(pair, *terms) as subject, subject.active() as model:
+            found = model(**model_files.tokens()).logits
+        expected_model = tf.AutoModelForCausalLM.from_pretrained(home.folder("base"))
+        expected_model.load_state_dict(loaded(home, folder))
+        torch.testing.assert_close(found, logits(expected_model), atol=1e-4, rtol=1e-4)

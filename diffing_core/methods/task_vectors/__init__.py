@@ -74,7 +74,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="task_vectors",
-    version="3",
+    version="4",
     kind="weights",
     needs=frozenset({Need.WEIGHTS, Need.PEERS}),
     settings=TaskVectorsSettings,

@@ -39,8 +39,8 @@ _PEER = (
 )
 _LIKENESS = (
     Column("n_tensors", "int64", "Tensors that both change and that fit each other, experts one by one.", role="count", low=0),
-    _effect("norm", "Length of this finetune's task vector."),
-    _known("peer_norm", "Length of the other's."),
+    _effect("norm", "Length of this finetune's task vector, without vocabulary rows that the other lacks."),
+    _known("peer_norm", "Length of the other's, likewise."),
     _effect("cosine", "Inner product over the product of the two lengths; null where one is zero.", -1.001, 1.001),
     Column("overlap_rank", "int64", "Directions compared, over all matrices.", role="count", low=0),
     _effect("left_overlap", "Σ‖U₁ᵀU₂‖² / Σk of the leading output directions: 1 the same space.", 0, 1.001),

@@ -3,7 +3,7 @@
     cosine  = Σ⟨ΔW₁, ΔW₂⟩ / √(Σ‖ΔW₁‖² Σ‖ΔW₂‖²)        over tensors; never a mean of cosines per tensor
     overlap = Σ‖U₁ᵀU₂‖_F² / Σk, random Σ(k²/m) / Σk      of the spaces of all matrices laid side by side
 
-Tensors that only one of the two changes count in its length.
+Tensors that only one of the two changes count in its length. Of vocabularies of different size the common rows count.
 """
 
 from dataclasses import dataclass, fields

@@ -112,16 +112,18 @@ class _Compared:
     def meet(self, key: tuple[str, int | None], own: TaskTensor | None, own_space: Space | None) -> Space | None:
         """Compares the pair's tensor, or expert, with the peer's own, where both have one, and returns the space of that.
 
-        What only one of them changes counts in its length.
+        What only one of them changes counts in its length; rows of the vocabulary that only one of them has do not.
         """
         name, expert = key
         sums = self.parts[place_of(name)[:2]] if own is not None or name in self.names else None
-        if own is not None:
-            sums.own += own.squared()
         tensor = None
         if name in self.names:
             with self._ending_alone():
                 tensor = TaskTensor.of(self._opened.delta(name, expert))
+        if own is not None and tensor is not None:
+            own, tensor = own.common_rows(tensor), tensor.common_rows(own)
+        if own is not None:
+            sums.own += own.squared()
         if tensor is None:
             return None
         sums.peer += tensor.squared()

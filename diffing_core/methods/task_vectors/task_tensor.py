@@ -53,6 +53,13 @@ class TaskTensor:
         """(M, N), or that of a vector."""
         return tuple(self.change.shape)
 
+    def common_rows(self, other: "TaskTensor") -> "TaskTensor":
+        """Its first rows, as many as both have, where the other differs in the number of rows only; else itself."""
+        if self.shape[1:] != other.shape[1:] or len(self.shape) != len(other.shape) or self.shape[:1] <= other.shape[:1]:
+            return self
+        n, change = other.shape[0], self.change
+        return TaskTensor(Factors(change.left_MR[:n], change.right_RN) if isinstance(change, Factors) else change[:n])
+
     def inner(self, other: "TaskTensor") -> float:
         """⟨ΔW₁, ΔW₂⟩ of two tensors of one shape; no product of two factors is formed."""
         one, two = self.change, other.change

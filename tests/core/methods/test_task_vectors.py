@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from diffing_core.findings import findings_table
@@ -118,6 +119,32 @@ def test_two_whole_checkpoints(base: Path, adapters: dict[str, Path]) -> None:
     row = peer(compare(base, adapters["full"], {"x": base.parent / "other_full"}), "x")
     expected = dense_numbers(dense(base, adapters["full"]), dense(base, base.parent / "other_full"), k=2)
     assert {name: row[name] for name in expected} == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [model_files.VOCAB, model_files.VOCAB - 2, model_files.VOCAB + 6])
+def test_of_vocabularies_of_different_size_the_common_rows_are_compared(base: Path, adapters: dict[str, Path], n_rows: int) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(adapters["full"])
+    torch.manual_seed(5)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(torch.randn(model_files.VOCAB, model_files.WIDTH))
+    model.save_pretrained(base.parent / f"own{n_rows}")
+    model.resize_token_embeddings(n_rows, mean_resizing=False)
+    model.save_pretrained(base.parent / f"rows{n_rows}")
+    own, other = base.parent / f"own{n_rows}", base.parent / f"rows{n_rows}"
+    one, two = (dense(base, folder) for folder in (own, other))
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        one[name] = one[name][: len(two[name])]
+    length = sum(change.square().sum() for change in one.values()).item() ** 0.5
+    for left, right in ((own, other), (other, own)):
+        row = peer(compare(base, left, {"x": right}), "x")
+        assert (row["cosine"], row["norm"], row["peer_norm"]) == pytest.approx((1, length, length), rel=1e-5)
+        assert row["n_tensors"] == len(one)
+    factors = model_files.save_adapter(base.parent / f"factors{n_rows}", base, target_modules=["embed_tokens", "q_proj"])
+    change = dense(base, factors)
+    change["embed_tokens.weight"] = change["embed_tokens.weight"][:n_rows]
+    expected = {name: float(value) for name, value in dense_numbers(two, change, k=2).items()}
+    row = peer(compare(base, other, {"x": factors}), "x")
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_itself_negated_regauged_and_orthogonal(base: Path, adapters: dict[str, Path]) -> None:
