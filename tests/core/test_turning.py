@@ -38,6 +38,15 @@ def test_both_sides_are_as_far_from_the_old_ones_as_random_spaces(change):
         assert sum(overlaps) / 20 == pytest.approx(4 / length, rel=0.5)
 
 
+def test_two_finetunes_are_not_turned_alike():
+    """Else the nulls of all adapters of one rank would lie in one and the same space."""
+    changes = [Factors(draw(200, 4, seed=seed), draw(4, 300, seed=seed + 1)) for seed in (0, 10)]
+    one, other, again = (turned(change, 0, "w") for change in (*changes, changes[0]))
+    torch.testing.assert_close(one.dense(), again.dense())
+    bases = [torch.linalg.qr(each.left_MR.double())[0] for each in (one, other)]
+    assert (bases[0].T @ bases[1]).square().sum() / 4 < 0.1
+
+
 def test_vectors_keep_their_length_and_stacks_are_told_apart():
     vector = draw(50)
     assert turned(vector, 0, "norm.weight").norm() == pytest.approx(vector.norm())
