@@ -16,9 +16,9 @@ from diffing_assets.report import PairReport, results_of
 from diffing_assets.resources import Workspace
 from diffing_assets.shown import column_schema, outcome_metadata
 from diffing_core.comparison import Outcome, compare
+from diffing_core.errors import FAILS_ALONE
 from diffing_core.methods import all_methods, description_of
 from diffing_core.methods.base import Method, Need
-from diffing_core.paired_pass import FAILS_ALONE
 
 UPSTREAM = {
     Need.RESIDUALS: PROBES,

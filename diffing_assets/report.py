@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from diffing_core.paired_pass import FAILS_ALONE
+from diffing_core.errors import FAILS_ALONE
 from diffing_core.pairs import Pair
 
 
