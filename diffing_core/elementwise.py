@@ -35,5 +35,12 @@ def argmin(value_NV: Any) -> Any:
     return torch.from_numpy(value_NV.numpy().argmin(-1)) if _on_processor(value_NV) else value_NV.argmin(-1)
 
 
+def dot(one_NV: Any, other_NV: Any) -> Any:
+    """Dot products of rows, float32 [N]. On a processor nothing of shape [N, V] is made."""
+    if not _on_processor(one_NV):
+        return torch.linalg.vecdot(one_NV, other_NV)
+    return torch.from_numpy(np.vecdot(one_NV.numpy(), other_NV.numpy()))
+
+
 def _on_processor(value: Any) -> bool:
     return value.device.type == "cpu"
