@@ -16,13 +16,12 @@ def exp(value: Any) -> Any:
     return torch.from_numpy(np.exp(value.numpy())) if _on_processor(value) else value.exp()
 
 
-def log_(value: Any) -> Any:
-    """Puts ln x in the place of every element."""
+def log(value: Any, *, out: Any) -> Any:
+    """ln x of every element, put in `out`."""
     if not _on_processor(value):
-        return value.log_()
-    array = value.numpy()
-    np.log(array, out=array)
-    return value
+        return torch.log(value, out=out)
+    np.log(value.numpy(), out=out.numpy())
+    return out
 
 
 def argmax(value_NV: Any) -> Any:

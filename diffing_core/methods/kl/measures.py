@@ -5,11 +5,11 @@ new array of this size costs more than the arithmetic done on it.
 """
 
 from dataclasses import dataclass
-from math import log
+from math import log as ln
 from typing import Any
 
 from diffing_core.blocks import Side
-from diffing_core.elementwise import argmax, argmin, dot, log_
+from diffing_core.elementwise import argmax, argmin, dot, log
 from diffing_core.lazy import torch
 
 TINY = 1e-38
@@ -66,14 +66,14 @@ def measure(base: Side, tuned: Side, difference_NV: Any, next_N: Any) -> Measure
     token["tuned_entropy_nats"] = -dot(p_tuned_NV, tuned.logprobs())
     bound_N = (token["kl_nats"] + token["reverse_kl_nats"]) / 4
     js_N = term_N / 2 + _dot_with_log_ratio(mixed_NV, base.logprobs(), spare_NV=term_NV)
-    token["js_nats"] = js_N.clamp(min=0, max=log(2)).minimum(bound_N)
+    token["js_nats"] = js_N.clamp(min=0, max=ln(2)).minimum(bound_N)
     return Measures(token, favoured, vocabulary)
 
 
 def _dot_with_log_ratio(mixed_NV: Any, base_logprob_NV: Any, *, spare_NV: Any) -> Any:
     """Σ m ln(p_b/m), [N]; both arrays but the log-probabilities are overwritten."""
-    ln_NV = log_(torch.clamp(mixed_NV, min=TINY, out=spare_NV))
-    return dot(mixed_NV, torch.sub(base_logprob_NV, ln_NV, out=ln_NV))
+    ratio_NV = torch.sub(base_logprob_NV, log(mixed_NV.clamp_(min=TINY), out=spare_NV), out=spare_NV)
+    return dot(mixed_NV, ratio_NV)
 
 
 def _at(value_NV: Any, index_N: Any) -> Any:
