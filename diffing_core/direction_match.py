@@ -153,6 +153,7 @@ def _largest_mass(alpha_S: Any, beta_S: Any) -> float:
     gap = node_L.diff().clamp(min=_ROUNDING * node_L.abs().max())
     gap_G, from_G = torch.cat([gap, -gap]), torch.cat([node_L[:-1], node_L[1:]])
     share_P = 2.0 ** -(1 + torch.arange(_HALVINGS * _PER_HALVING, dtype=torch.float64) / _PER_HALVING)
-    term_GPL = last_L / ((node_L - from_G[:, None])[:, None] - (gap_G[:, None] * share_P)[:, :, None])
-    mass_GP = (term_GPL @ first_L).square() / term_GPL.square().sum(-1)
+    away_GPL = (node_L - from_G[:, None])[:, None] - (gap_G[:, None] * share_P)[:, :, None]
+    term_GPL = away_GPL.reciprocal_().mul_(last_L)
+    mass_GP = (term_GPL @ first_L / torch.linalg.vector_norm(term_GPL, dim=-1)).square()
     return min(1.0, max(weight, mass_GP.nan_to_num(1.0).max().item()))
