@@ -224,7 +224,7 @@ def _pieces(base: Any, change: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _by_gram(delta_MN: Any, frobenius: float, n_leading: int) -> Spectrum:
-    sigma_K, vectors_KK = eigen(delta_MN)
+    sigma_K, vectors_KK = eigen(gram(delta_MN))
     left_MK = vectors_KK[:, :n_leading]
     if delta_MN.shape[0] > delta_MN.shape[1]:
         parts = [part.double() @ left_MK for part in delta_MN.split(ROWS_AT_ONCE)]
@@ -232,13 +232,17 @@ def _by_gram(delta_MN: Any, frobenius: float, n_leading: int) -> Spectrum:
     return Spectrum(sigma_K, left_MK.float(), frobenius)
 
 
-def eigen(matrix_MN: Any) -> tuple[Any, Any]:
-    """Singular values and the singular vectors of the smaller side, float64, largest first.
+def gram(matrix_MN: Any) -> Any:
+    """WᵀW or, of more columns than rows, W Wᵀ: [K, K] float64."""
+    long = matrix_MN if matrix_MN.shape[0] > matrix_MN.shape[1] else matrix_MN.T
+    return sum(part.T @ part for part in map(torch.Tensor.double, long.split(ROWS_AT_ONCE)))
+
+
+def eigen(gram_KK: Any) -> tuple[Any, Any]:
+    """Singular values and the singular vectors of the smaller side, float64, largest first, from its Gram matrix.
 
     Squaring costs half the digits: values below √(K ε) σ₁ are noise and left out.
     """
-    long = matrix_MN if matrix_MN.shape[0] > matrix_MN.shape[1] else matrix_MN.T
-    gram_KK = sum(part.T @ part for part in map(torch.Tensor.double, long.split(ROWS_AT_ONCE)))
     squares_K, vectors_KK = torch.linalg.eigh(gram_KK)
     squares_K, vectors_KK = squares_K.flip(0), vectors_KK.flip(1)
     kept = squares_K > squares_K[0] * len(squares_K) * _EPSILON

@@ -267,7 +267,7 @@ def _trends_table(trends: WordTrends, weights: list[float]) -> pa.Table:
 
 METHOD = Method(
     name="amplification",
-    version="2",
+    version="3",
     kind="live",
     needs=frozenset({Need.MODELS, Need.WEIGHTS, Need.FINETUNES}),
     settings=AmplificationSettings,

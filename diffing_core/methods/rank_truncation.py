@@ -47,8 +47,9 @@ from diffing_core.models import ModelPair
 from diffing_core.tables import Column, TableSpec
 from diffing_core.tensor_names import Part, place_of
 from diffing_core.weight_edits import Term, edited_subject, uniform
-from diffing_core.weight_edits.changes import change_of, n_layers, spectrum_of
-from diffing_core.weight_edits.folders import is_low_rank
+from diffing_core.weight_edits.adapter_folder import AdaptableModules
+from diffing_core.weight_edits.changes import change_of, n_layers, spectrum_of, terms_on_registered_base
+from diffing_core.weight_edits.folders import fits_adapter
 from diffing_core.weight_edits.specification import LayerAmplification, ModuleAmplification
 from diffing_core.weights import OpenPair, WeightPair, weight_stream
 from diffing_core.word_trends import word_trends
@@ -258,7 +259,8 @@ def _blocks(
     pair: ModelPair, files: WeightPair, written: Sequence[Any], of_base: float, settings: RankTruncationSettings
 ) -> list[dict[str, Any]]:
     """A row per block and modules; what a finetune does not change is known without a pass."""
-    if not settings.ablate_checkpoints and not is_low_rank([Term(files)]):
+    whole = terms_on_registered_base([Term(files)])
+    if not settings.ablate_checkpoints and not fits_adapter(whole, AdaptableModules(pair.base.plain)):
         return []
     changed = {place_of(name)[:2] for name in OpenPair(files).names}
     parts = {"attention": {"attn"}, "mlp": {"mlp"}, "all": set(get_args(Part))}

@@ -24,7 +24,7 @@ from diffing_core.weight_edits.specification import WeightEdit
 from diffing_core.weight_files import OpenSide, WeightSide
 from diffing_core.weights import OpenPair, WeightPair
 
-VERSION = 1  # raise when the code of this package changes what is written
+VERSION = 2  # raise when the code of this package changes what is written
 NOTE_FILE = "weight_edit.json"
 
 
@@ -72,7 +72,7 @@ def write_terms(
     own = _own_adapter(terms[0].pair, base) if from_source else ()
     if is_low_rank((*own, *terms)):
         modules = modules or AdaptableModules.of_folder(base.folder, terms[0].pair.entry)
-        if all(_is_carried(term, modules) for term in (*own, *terms)):
+        if fits_adapter((*own, *terms), modules):
             write_adapter(folder, edited_tensors((*own, *terms)), modules, base.folder)
             return "lora"
     write_checkpoint(folder, edited_tensors(terms), base)
@@ -82,6 +82,11 @@ def write_terms(
 def is_low_rank(terms: Sequence[Term]) -> bool:
     """Whether every change in the sum has factors: known from the files' headers and what is kept, without computing it."""
     return all(_has_factors(term) for term in terms)
+
+
+def fits_adapter(terms: Sequence[Term], modules: AdaptableModules) -> bool:
+    """Whether the sum is written as an adapter: it has factors, and every changed matrix is the weight of a module."""
+    return is_low_rank(terms) and all(_is_carried(term, modules) for term in terms)
 
 
 def _own_adapter(pair: WeightPair, base: WeightSide) -> tuple[Term, ...]:

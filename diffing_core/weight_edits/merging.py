@@ -1,7 +1,10 @@
 """Merges that are no plain sum (TIES, DARE, pruning, SVD), computed by PEFT's own `add_weighted_adapter`.
 
-Each finetune's edited change is first an adapter of its own, so weights per block and ranks apply before the merge. All
-of them need the same ranks, unless the kind of merge ends in `svd`. DARE draws at random: the seed makes it repeatable.
+LoRAs that are taken whole, each with one weight, are merged from their own folders with these weights, as PEFT merges them.
+As soon as one of several is anything else (weights per block, a rank, a turn, a checkpoint cut to a rank), every edited change is
+first an adapter of its own, and these are merged with weight 1. PEFT scales both factors of a whole LoRA by √|weight · α/r| and
+elects signs without weights, where an edited one has all its scale in B; only `svd` makes no difference between them. All need the
+same ranks, unless the kind of merge ends in `svd`. DARE draws at random: the seed makes it repeatable.
 
 Reference: Yadav et al. 2023 (TIES); Yu et al. 2024 (DARE).
 """
@@ -15,8 +18,9 @@ from diffing_core.errors import NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.new_folder import passing_folder
 from diffing_core.weight_edits.adapter_folder import AdaptableModules, write_adapter
-from diffing_core.weight_edits.changes import Term, edited_tensors
-from diffing_core.weight_edits.specification import WeightEdit
+from diffing_core.weight_edits.changes import Term, edited_tensors, n_layers
+from diffing_core.weight_edits.specification import WeightEdit, resolve
+from diffing_core.weight_files import OpenSide
 
 MERGED = "merged"
 
@@ -38,19 +42,16 @@ def write_merged(folder: Path, edit: WeightEdit, terms: Sequence[Term]) -> None:
     module = load_module(base, entry, "float32", "cpu", remote_code=entry.trust_remote_code)
     modules = AdaptableModules(module)
     with passing_folder(folder) as aside:
-        places = [aside / f"term{number}" for number in range(len(terms))]
-        for place, term in zip(places, terms, strict=True):
-            place.mkdir()
-            write_adapter(place, edited_tensors([term]), modules, base)
-        peft_model = PeftModel.from_pretrained(module, places[0], places[0].name)
-        for place in places[1:]:
-            peft_model.load_adapter(place, place.name)
+        places, weights = _whole_loras(terms) or _edited_loras(aside, terms, modules)
+        names = [f"term{number}" for number in range(len(places))]
+        peft_model = PeftModel.from_pretrained(module, places[0], names[0])
+        for place, name in zip(places[1:], names[1:], strict=True):
+            peft_model.load_adapter(place, name)
         density = {} if edit.density is None else {"density": edit.density}
-        names = [place.name for place in places]
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(edit.seed)
-                peft_model.add_weighted_adapter(names, [1.0] * len(names), MERGED, edit.combine, **density)
+                peft_model.add_weighted_adapter(names, weights, MERGED, edit.combine, **density)
         except (ValueError, RuntimeError) as error:
             raise NotComputableError(
                 f"{edit.name}: PEFT cannot merge these adapters by {edit.combine}: {str(error).strip()[:300]}; "
@@ -59,3 +60,30 @@ def write_merged(folder: Path, edit: WeightEdit, terms: Sequence[Term]) -> None:
         peft_model.save_pretrained(aside, selected_adapters=[MERGED])
         for file in (aside / MERGED).glob("adapter_*"):
             shutil.move(file, folder / file.name)
+
+
+def _whole_loras(terms: Sequence[Term]) -> tuple[list[Path], list[float]] | None:
+    """The adapters' own folders and their weights, where all are plain LoRAs that are taken whole with one weight each."""
+    places, weights, kinds = [], [], set()
+    for term in terms:
+        tuned, base = OpenSide(term.pair.tuned), term.pair.base
+        resolved = resolve(term.amplifications, n_layers(base))
+        own = {resolved.outside}.union(*resolved.layers)
+        is_one_lora = tuned.checkpoint.folder == base.folder and len(tuned.adapters) == 1 and not tuned.saved
+        is_plain = is_one_lora and all(tuned.is_low_rank(name) for name in tuned.touched())
+        if not is_plain or term.rank is not None or term.turn_seed is not None or len(own) > 1 or own == {0.0}:
+            return None
+        [adapter] = tuned.adapters.values()
+        places.append(adapter.folder)
+        weights.append(own.pop())
+        kinds.add(type(adapter.config.get("target_modules")))
+    return (places, weights) if len(kinds) == 1 else None  # PEFT refuses a pattern beside a list of modules
+
+
+def _edited_loras(aside: Path, terms: Sequence[Term], modules: AdaptableModules) -> tuple[list[Path], list[float]]:
+    """Each term's edited change as an adapter of its own."""
+    places = [aside / f"term{number}" for number in range(len(terms))]
+    for place, term in zip(places, terms, strict=True):
+        place.mkdir()
+        write_adapter(place, edited_tensors([term]), modules, term.pair.base.folder)
+    return places, [1.0] * len(places)

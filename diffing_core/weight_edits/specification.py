@@ -6,7 +6,7 @@
                                                 # whole checkpoint; without any of them the finetune of the pair at hand
         layer_amplifications:
           - layers: {start: 0.0, end: 0.8}      # a block, a list of blocks, a range with both ends, or all
-            is_relative: true                   # then numbers are fractions of depth
+            is_relative: true                   # then numbers are fractions of depth, and the nearest block is meant
             module_amplifications: [{modules: attention, weight: 2.0}]
         rank: 1                                 # only the leading direction of each matrix; residual: all but it
         turn_seed: 0                            # a control: as large, with directions at random
@@ -95,10 +95,13 @@ class LayerAmplification(_Entry):
         return self
 
     def blocks(self, n_layers: int) -> tuple[int, ...]:
-        """Block numbers in a model of `n_layers`; raises RegistryError for one that it does not have."""
+        """Block numbers in a model of `n_layers`; raises RegistryError for one that it does not have.
+
+        A fraction r is the block nearest to r · (n − 1), as in the diffing-toolkit, whose files are read here.
+        """
         if self.layers == "all":
             return tuple(range(n_layers))
-        numbers = [float(each) if self.is_relative else each for each in self._numbers()]
+        numbers = [round(each * (n_layers - 1)) if self.is_relative else int(each) for each in self._numbers()]
         try:
             picked = [pick_layers([number], n_layers)[0] for number in numbers]
         except UndeclaredNeedError as error:

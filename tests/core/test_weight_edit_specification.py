@@ -30,7 +30,8 @@ def amplification(layers, *modules: tuple[str, float], relative: bool = False) -
         (1.0, True, (4,)),
         (1, True, (4,)),
         (0.5, True, (2,)),
-        ([0.0, 0.49], True, (0, 1)),
+        ([0.0, 0.49, 0.3], True, (0, 2, 1)),
+        ({"start": 0.2, "end": 0.7}, True, (1, 2, 3)),
         ({"start": 0.0, "end": 0.8}, True, (0, 1, 2, 3)),
     ],
 )
@@ -65,6 +66,9 @@ def test_presets_amplify_the_first_four_fifths_and_negate_everything() -> None:
         assert [each.mlp for each in weights.layers] == [weight] * 9 + [1.0] * 2
         assert weights.outside == 1
         assert weights.mean == pytest.approx((9 * weight + 2) / 11)
+    for n_layers, n_amplified in ((2, 2), (3, 3), (4, 3), (12, 10), (28, 23)):  # round(0.8 · (n − 1)) is the last one
+        amplified = [each.mlp == 2 for each in resolve(preset("2x").layer_amplifications, n_layers).layers]
+        assert amplified == [True] * n_amplified + [False] * (n_layers - n_amplified)
     negative = resolve(preset("negative_1x").layer_amplifications, 2)
     assert negative == resolve(uniform(-1.0), 2)
     with pytest.raises(RegistryError, match="did you mean '3x'"):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subjec
 from diffing_core.weight_edits import checkpoint_folder as writer
 from diffing_core.weight_edits.changes import edited_tensors, leading
 from diffing_core.weight_edits.folders import NOTE_FILE, write_terms
+from diffing_core.weight_edits.specification import AdapterEdit, Combination, LayerAmplification, ModuleAmplification
 from diffing_core.weights import OpenPair, WeightPair
 from tests import model_files
 
@@ -284,29 +286,66 @@ def test_leading_directions_of_a_large_dense_change_are_found_by_sketching(monke
     torch.testing.assert_close(leading(change, 3).dense(), change, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("combine", ["ties", "dare_linear", "linear", "svd", "ties_svd"])
-def test_other_merges_are_what_peft_makes_of_the_adapters(home: Home, tmp_path: Path, combine: str) -> None:
-    model_files.save_adapter(tmp_path / "again", home.folder("base"), seed=9, target_modules=TARGETS, lora_alpha=6)
-    density = 0.5 if combine.startswith(("ties", "dare")) else None
-    edit = WeightEdit(
-        name="merge", combine=combine, density=density,
-        adapters=[
-            {"organism": "one", "layer_amplifications": uniform(1.0)},
-            {"path": tmp_path / "again", "layer_amplifications": uniform(1.0)},
-        ],
-    )  # fmt: skip
+def merged_by_peft(home: Home, folders: dict[Path, float], combine: str, density: float | None, seed: int = 0) -> dict:
+    """The weights after PEFT's own merge of adapters on disk."""
+    plain = tf.AutoModelForCausalLM.from_pretrained(home.folder("base"))
+    places, names = list(folders), [f"adapter{number}" for number in range(len(folders))]
+    model = PeftModel.from_pretrained(plain, places[0], names[0])
+    for place, name in zip(places[1:], names[1:], strict=True):
+        model.load_adapter(place, name)
+    torch.manual_seed(seed)
+    options = {} if density is None else {"density": density}
+    model.add_weighted_adapter(names, list(folders.values()), "all", combine, **options)
+    return model.merge_and_unload(adapter_names=["all"]).state_dict()
+
+
+@pytest.fixture
+def again(home: Home, tmp_path: Path) -> Path:
+    """An adapter of the rank of `one`, with other modules and another scale."""
+    targets = [*TARGETS, "v_proj"]
+    return model_files.save_adapter(tmp_path / "again", home.folder("base"), seed=9, target_modules=targets, lora_alpha=5)
+
+
+MERGES = [each for each in get_args(Combination) if each != "sum"]
+
+
+@pytest.mark.parametrize("combine", MERGES)
+def test_other_merges_are_what_peft_makes_of_the_adapters(home: Home, tmp_path: Path, again: Path, combine: str) -> None:
+    density = 0.5 if combine.startswith(("ties", "dare", "magnitude")) else None
+    edit = spec("merge", combine, density, one=1.5)
+    other = AdapterEdit(path=again, layer_amplifications=uniform(-0.7))
+    edit = edit.model_copy(update={"adapters": (*edit.adapters, other), "seed": 3})
     first = write_edit(edit, "tiny", home.registry, tmp_path / "a")
+    expected = merged_by_peft(home, {home.folder("one"): 1.5, again: -0.7}, combine, density, seed=3)
+    assert_same(loaded(home, first), expected)
+    assert any(not torch.equal(value, merged(home, "base")[key]) for key, value in expected.items())
     second = write_edit(edit, "tiny", home.registry, tmp_path / "b")
     assert_same(loaded(home, first), loaded(home, second), 0)
+
+
+@pytest.mark.parametrize("combine", ["svd", "ties", "dare_ties"])
+def test_merges_of_edited_changes_are_what_peft_makes_of_each_written_alone(
+    home: Home, tmp_path: Path, again: Path, combine: str
+) -> None:
+    density = 0.5 if combine != "svd" else None
+    in_one_block = LayerAmplification(layers=1, module_amplifications=[ModuleAmplification(weight=2.0)])
+    edits = (spec(one=1.0).adapters[0], AdapterEdit(path=again, layer_amplifications=(in_one_block,)))
+    edit = WeightEdit(name="merge", adapters=edits, combine=combine, density=density)
+    alone = {write_edit(WeightEdit(name="alone", adapters=(each,)), "tiny", home.registry, tmp_path): 1.0 for each in edits}
+    found = loaded(home, write_edit(edit, "tiny", home.registry, tmp_path))
+    assert_same(found, merged_by_peft(home, alone, combine, density))
     if combine == "svd":
-        both = {"one": home.folder("one"), "again": tmp_path / "again"}
-        base = merged(home, "base")
         key = "model.layers.0.self_attn.q_proj.weight"
-        total = sum(loaded(home, folder)[key] - base[key] for folder in both.values())
-        u, s, vh = torch.linalg.svd(total.double())
-        torch.testing.assert_close(
-            loaded(home, first)[key] - base[key], ((u[:, :2] * s[:2]) @ vh[:2]).float(), atol=1e-4, rtol=1e-3
-        )
+        base = merged(home, "base")[key]
+        u, s, vh = torch.linalg.svd(sum(loaded(home, folder)[key] - base for folder in alone).double())
+        truth = ((u[:, :2] * s[:2]) @ vh[:2]).float()
+        torch.testing.assert_close(found[key] - base, truth, atol=1e-4, rtol=1e-3)
+
+
+def test_a_sum_is_pefts_concatenation(home: Home, tmp_path: Path) -> None:
+    folder = write_edit(spec(one=1.5, two=-0.7, three=2.0), "tiny", home.registry, tmp_path)
+    weights = {home.folder("one"): 1.5, home.folder("two"): -0.7, home.folder("three"): 2.0}
+    assert_same(loaded(home, folder), merged_by_peft(home, weights, "cat", None))
 
 
 def test_what_peft_cannot_merge_is_told(home: Home, tmp_path: Path) -> None:

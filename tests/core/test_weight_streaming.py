@@ -15,7 +15,7 @@ from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.weight_diff import METHOD, SPECTRUM, TENSORS, WeightDiffSettings, run
 from diffing_core.weights import WeightPair
 
-N_SHARDS, MATRICES_PER_SHARD, SHAPE = 16, 4, (1024, 512)
+N_SHARDS, MATRICES_PER_SHARD, SHAPE = 16, 4, (2048, 256)
 MEGABYTE = 2**20
 FILES_MB = 2 * N_SHARDS * MATRICES_PER_SHARD * SHAPE[0] * SHAPE[1] * 4 // MEGABYTE
 LIMIT_MB = FILES_MB * 2 // 5  # less than one of the two models
@@ -28,16 +28,21 @@ from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.weight_diff import METHOD, TENSORS, WeightDiffSettings, run
 from diffing_core.weights import WeightPair
 
-torch.linalg.eigh(torch.eye(4).double()), torch.linalg.qr(torch.randn(9, 4)), torch.linalg.svd(torch.eye(4).double())
+def compared(folder):
+    pair = WeightPair.of_folders(folder / "base", folder / "tuned")
+    settings = WeightDiffSettings(exact_side=64, leading=4, directions=2, intruder_side=int(sys.argv[2]))
+    return run(Inputs(METHOD, {{Need.WEIGHTS: lambda: pair}}), settings)[TENSORS.name]
+
+folder = Path(sys.argv[1])
+compared(folder / "one")  # loads all libraries
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + {LIMIT_MB} * {MEGABYTE}
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-pair = WeightPair.of_folders(Path(sys.argv[1]), Path(sys.argv[2]))
-settings = WeightDiffSettings(exact_side=64, leading=4, directions=2, intruder_side=64, expert_intruders=False)
-found = run(Inputs(METHOD, {{Need.WEIGHTS: lambda: pair}}), settings)[TENSORS.name]
+found = compared(folder / "all")
 assert len(found) == {N_SHARDS * MATRICES_PER_SHARD}, len(found)
 for frobenius, spectral in zip(found["frobenius"].to_pylist(), found["spectral"].to_pylist()):
     assert abs(frobenius - 3.0) < 1e-3 and abs(spectral - 3.0) < 1e-3, (frobenius, spectral)
+assert all(0 < score < 0.5 for score in found["intruder_score"].to_pylist()), found["intruder_score"]
 try:
     [torch.ones({MEGABYTE}) for _ in range({FILES_MB // 4})]
 except (RuntimeError, MemoryError):
@@ -46,12 +51,12 @@ sys.exit("the limit did not hold")
 """
 
 
-def sharded(folder: Path, change: float) -> Path:
-    """A checkpoint of 128 MB in 16 shards; `change` is the size of a rank-one change of every matrix."""
-    folder.mkdir()
+def sharded(folder: Path, change: float, n_shards: int) -> None:
+    """A checkpoint of 8 MB a shard; `change` is the size of a rank-one change of every matrix."""
+    folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
-    for shard in range(N_SHARDS):
+    for shard in range(n_shards):
         weights = {}
         for number in range(MATRICES_PER_SHARD):
             matrix = torch.randn(SHAPE, generator=generator)
@@ -63,14 +68,16 @@ def sharded(folder: Path, change: float) -> Path:
         weight_map |= dict.fromkeys(weights, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text("{}")
-    return folder
 
 
-def test_checkpoints_larger_than_the_memory_limit_are_compared_key_by_key(tmp_path):
-    base, tuned = sharded(tmp_path / "base", 0.0), sharded(tmp_path / "tuned", 3.0)
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) > 2.4 * LIMIT_MB * MEGABYTE
+@pytest.mark.parametrize("intruder_side", [64, 1024])
+def test_checkpoints_larger_than_the_memory_limit_are_compared_key_by_key(tmp_path, intruder_side):
+    """All measures, intruders as a bound and exactly."""
+    for name, n_shards in (("one", 1), ("all", N_SHARDS)):
+        sharded(tmp_path / name / "base", 0.0, n_shards), sharded(tmp_path / name / "tuned", 3.0, n_shards)
+    assert sum(file.stat().st_size for file in tmp_path.glob("all/*/*.safetensors")) > 2.4 * LIMIT_MB * MEGABYTE
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
-    command = [sys.executable, "-c", COMPARE, base, tuned]
+    command = [sys.executable, "-c", COMPARE, tmp_path, str(intruder_side)]
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

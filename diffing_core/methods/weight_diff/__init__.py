@@ -92,7 +92,7 @@ def _largest(table: pa.Table, n_rows: int) -> list[dict[str, Any]]:
 
 METHOD = Method(
     name="weight_diff",
-    version="4",
+    version="5",
     kind="weights",
     needs=frozenset({Need.WEIGHTS}),
     settings=WeightDiffSettings,

@@ -12,6 +12,7 @@ from diffing_core.lazy import torch
 from diffing_core.methods.weight_diff.declaration import TENSORS, WeightDiffSettings
 from diffing_core.spectra import ENERGY_SHARES, Spectrum, elementwise, of_dense
 from diffing_core.tensor_names import POSITIONS, WRITERS, module_of, place_of
+from diffing_core.updated_matrix import UpdatedMatrix
 from diffing_core.weights import TensorDelta
 
 EXACT_BELOW = 4  # whatever the settings: too small for Lanczos
@@ -79,10 +80,8 @@ class Change:
         return (1 + 2 * inner_K / (change_KN**2).sum(1, dtype=torch.float64)).clamp(-1, 1)
 
     def tuned(self) -> Any:
-        """W_tuned, formed where it was not read."""
-        if self.delta.pair:
-            return self.delta.pair.tuned
-        return torch.addmm(self.base, self.delta.factors.left_MR, self.delta.factors.right_RN)
+        """W_tuned: as it was read, or the base with its factors."""
+        return self.delta.pair.tuned if self.delta.pair else UpdatedMatrix(self.base, self.delta.factors)
 
     def writes(self) -> bool:
         """Whether it is a changed matrix that writes into the residual stream."""

@@ -18,10 +18,10 @@ class WeightDiffSettings(Settings):
     leading: int = Field(64, ge=1, description="Leading singular values listed, and found of larger dense matrices.")
     intruders: int = Field(10, ge=1, description="Leading directions of W_tuned that are looked for in W_base.")
     intruder_side: int = Field(
-        1024, ge=0, description="Smaller side up to which the match is exact: 0.6 s a matrix at 1024, 3.4 s at 2048."
+        1024, ge=0, description="Smaller side up to which the match is exact: 0.4 s a matrix at 1024, 3.2 s at 2048."
     )
     intruder_steps: int = Field(
-        64, ge=0, description="Beyond it: steps of the bound, 3 s a matrix at 2048 × 8192; 0: none."
+        48, ge=0, description="Beyond it: steps of the bound, 2 s a matrix at 2048 × 8192; 0: none."
     )
     expert_intruders: bool = Field(
         True, description="Whether every expert's directions are matched too: thousands of matrices, 0.3 s each at 768 × 2048."

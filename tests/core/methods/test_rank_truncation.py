@@ -1,17 +1,19 @@
 """Rank truncation: what copies and rests are, how far they are from the tuned model, and what is said of them."""
 
+import shutil
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.rank_truncation import METHOD, Cut, RankTruncationSettings, cuts, headline, run
 from diffing_core.models import ModelPair
 from diffing_core.subject import Subject
-from diffing_core.weight_edits import Term
+from diffing_core.weight_edits import Term, folders
 from diffing_core.weight_edits.folders import write_terms
 from diffing_core.weights import WeightPair
 from tests import model_files
@@ -131,3 +133,29 @@ def test_a_block_without_its_change_is_as_far_from_the_tuned_model_as_stock_weig
     base_row = expected["rank_truncation_models"].to_pylist()[0]
     assert found[1, "mlp"]["kl_nats"] == pytest.approx(base_row["kl_nats"], rel=1e-2)
     assert (blocks() == {}) == (kind == "full")
+
+
+def test_no_checkpoint_is_written_per_block_where_a_lora_changes_a_matrix_that_runs_as_no_module(
+    low_rank: WeightPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with Mamba's A_log, or a router: the change has factors, and no module can carry them."""
+    base = shutil.copytree(low_rank.base.folder, tmp_path / "base")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    assert write_terms(lora, [Term(low_rank, rank=1)]) == "lora"
+    added = {
+        base / "model.safetensors": {"model.layers.1.mlp.router.weight": torch.randn(8, 6)},
+        lora / "adapter_model.safetensors": {
+            "base_model.model.model.layers.1.mlp.router.lora_A.weight": torch.randn(1, 6),
+            "base_model.model.model.layers.1.mlp.router.lora_B.weight": torch.randn(8, 1),
+        },
+    }
+    for file, weights in added.items():
+        save_file(load_file(file) | weights, file, metadata={"format": "pt"})
+    files = WeightPair.of_folders(base, lora)
+    written: list[Path] = []
+    keeping = folders.write_checkpoint
+    monkeypatch.setattr(folders, "write_checkpoint", lambda folder, *rest: (written.append(folder), keeping(folder, *rest)))
+    assert not tables_of(low_rank, weights=files, ranks=(1,), rests=())["rank_truncation_blocks"].num_rows
+    assert len(written) == 1
+    assert tables_of(low_rank, weights=files, ranks=(1,), rests=(), ablate_checkpoints=True)["rank_truncation_blocks"].num_rows

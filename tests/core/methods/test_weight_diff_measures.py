@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffing_core.direction_match import bounded_match_of_leading, match_of_leading
+from diffing_core.direction_match import _largest_mass, bounded_match_of_leading, match_of_leading
 from diffing_core.errors import ModelLoadError
 from diffing_core.methods.base import Inputs, Need
 from diffing_core.methods.weight_diff import INTRUDERS, METHOD, SPECTRUM, TENSORS, WeightDiffSettings, run
-from diffing_core.spectra import elementwise
+from diffing_core.spectra import Factors, elementwise
+from diffing_core.updated_matrix import UpdatedMatrix
 from diffing_core.weights import WeightPair
 
 SHAPES = {"layers.0.self_attn.q_proj": (20, 12), "layers.1.mlp.down_proj": (12, 30), "layers.1.mlp.gate_proj": (9, 9)}
@@ -192,6 +194,54 @@ def test_best_matches_of_leading_directions_equal_numpys(shape):
     assert sigma_K.tolist() == pytest.approx(sigma[:5], rel=1e-6)
     assert match_K.tolist() == pytest.approx(cosines.max(1), rel=1e-6)
     assert place_K.tolist() == (cosines.argmax(1) + 1).tolist()
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (12, 12), (5, 40)])
+def test_intruders_of_factors_are_those_of_the_sum(shape):
+    """Rank above the smaller side as well: factors of several adapters are stacked."""
+    before, change = gaussian(*shape, seed=1), Factors(gaussian(shape[0], 7, seed=2), gaussian(7, shape[1], seed=3))
+    updated, after = UpdatedMatrix(before, change), before.double() + change.left_MR.double() @ change.right_RN.double()
+    found, true = match_of_leading(before, updated, 4), match_of_leading(before, after, 4)
+    for one, other in zip(found, true, strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), rel=1e-6)
+    bounded, of_sum = (bounded_match_of_leading(before, each, 3, 8, 0) for each in (updated, after.float()))
+    for one, other in zip(bounded, of_sum, strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), rel=1e-3)
+
+
+class LargestNew(TorchDispatchMode):
+    """Remembers how many elements the largest tensor had that was made while it was on."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known, self.largest = {each.untyped_storage().data_ptr() for each in known}, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, each.numel())
+        return made
+
+
+def test_a_bound_from_factors_forms_no_whole_matrix():
+    """Neither W_tuned nor ΔW: what is made is vectors, and the recurrences' basis [3, 4, 400]."""
+    before, change = gaussian(400, 900, seed=1), Factors(gaussian(400, 2, seed=2), gaussian(2, 900, seed=3))
+    with LargestNew(before) as seen:
+        bounded_match_of_leading(before, UpdatedMatrix(before, change), 3, 4, 0)
+    assert 3 * 4 * 400 <= seen.largest < before.numel() / 10
+
+
+def test_the_bound_is_the_largest_christoffel_function():
+    """Of Chebyshev's second measure 1/Σ U_k², half of two neighbouring weights; where a space ends, the largest weight."""
+    n = 24
+    alpha, beta = torch.zeros(n).double(), torch.full((n,), 0.5).double()
+    angle = torch.linspace(0, torch.pi, 200_001).double()[1:-1]
+    kernel = sum((torch.sin((k + 1) * angle) / torch.sin(angle)) ** 2 for k in range(n))
+    largest = (1 / kernel).max().item()
+    assert _largest_mass(alpha, beta) == pytest.approx(largest, rel=2e-3) and largest < 0.6 * 4 / (n + 1)
+    beta[12] = 1e-9
+    assert _largest_mass(alpha, beta) == pytest.approx(2 / 14, rel=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 16, 64])
