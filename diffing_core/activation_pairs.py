@@ -244,6 +244,15 @@ class PairedActivations:
             del pool  # before the next one is read
         yield from [joined(rest)] if rest else []
 
+    def base_norm(self) -> float:
+        """Mean ‖h_base‖ of the first chosen rows of every corpus that has any: the unit of steering strengths; 0 without rows."""
+        firsts = (
+            next((rows for start in range(0, file.n_rows, ROWS_PER_GROUP) for rows in self._chosen(number, start)), None)
+            for number, file in enumerate(self.files)
+        )
+        norm_N = np.concatenate([np.zeros(0), *(norms(rows.base_ND) for rows in firsts if rows is not None)])
+        return float(norm_N.mean()) if len(norm_N) else 0.0
+
     def moments(self) -> dict[str, Moments]:
         """Mean and variance per dimension of base, tuned and difference, in float64."""
         found = {name: Moments(self.d_model) for name in ("base", "tuned", "difference")}

@@ -128,6 +128,7 @@ class _Fit:
     effective_dimension: float
     skewness_R: np.ndarray | None = None
     n_outliers: int = 0
+    base_norm: float = 0.0
 
     @property
     def n_components(self) -> int:
@@ -148,10 +149,10 @@ def run(inputs: Inputs, settings: PcaSettings) -> Tables:
     for layer in layers:
         here = stored.at(layer)
         rows = settings.rows(here)
-        n_chosen = rows.count()
+        n_chosen, base_norm = rows.count(), rows.base_norm()
         for fit in _fitted(rows, layer, pair.base.device, settings):
             skewness_R, shown = _ends(here, rows.selection, fit, reading, settings)
-            fits.append(replace(fit, skewness_R=skewness_R, n_outliers=n_chosen - fit.n_tokens))
+            fits.append(replace(fit, skewness_R=skewness_R, n_outliers=n_chosen - fit.n_tokens, base_norm=base_norm))
             examples += shown
     return {
         FITS.name: _fit_table(fits, reading),
@@ -276,14 +277,13 @@ def _steering(fits: list[_Fit], reading: FitReading, pair: Any, settings: PcaSet
     ]
     if not steered:
         return STEERING.empty()
-    norms = {layer: reading.mean_norm(layer) for layer in {fit.layer for fit, *_ in steered}}
     vector_MD = np.stack([ENDS[end] * fit.principal.component_KD[k] for fit, k, end in steered])
     groups = {
         "layer": [fit.layer for fit, *_ in steered],
         "component": [k + 1 for _, k, _ in steered],
         "end": [end for *_, end in steered],
     }
-    at_M = [(fit.layer, norms[fit.layer]) for fit, *_ in steered]
+    at_M = [(fit.layer, fit.base_norm) for fit, *_ in steered]
     return steering_table(STEERING, pair, vector_MD, at_M, groups, settings)
 
 
@@ -359,7 +359,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="pca",
-    version="2",
+    version="3",
     kind="fit",
     needs=frozenset({Need.ACTIVATIONS, Need.MODELS}),
     settings=PcaSettings,

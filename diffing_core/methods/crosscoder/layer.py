@@ -50,7 +50,7 @@ class Layer:
         moved_GD = (tuned_FD - base_FD)[listed]
         keys = {"layer": [self._layer] * len(listed), "latent": listed.tolist()}
         steered = slice(0, self._settings.steered)
-        context, norm = self._reading.context, self._reading.mean_norm(self._layer)
+        context, norm = self._reading.context, self._rows.base_norm()
         return {
             FITS.name: self._fit_table(),
             LATENTS.name: self._latents,
