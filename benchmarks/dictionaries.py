@@ -149,6 +149,10 @@ class _Rows:
         rows = PairedRows(none_N, text_N, position_N, none_N, none_N, none_N > 0, *_activations(len(place_N), 1))
         return cls(rows, ROWS_PER_GROUP)
 
+    def watched(self, _what: str) -> Any:
+        """As `PairedActivations.watched`, unwatched."""
+        yield from self.blocks()
+
     def blocks(self) -> Any:
         """As `PairedActivations.blocks`."""
         for start in range(0, len(self._every), self._per_group):

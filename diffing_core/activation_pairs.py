@@ -24,6 +24,7 @@ from diffing_core.activations import ActivationBlock, ActivationSet, ActivationS
 from diffing_core.corpus import ROLES, ProbeCorpus
 from diffing_core.errors import NotComputableError, StorageError
 from diffing_core.lazy import torch
+from diffing_core.progress import track
 from diffing_core.sampling import sampled
 from diffing_core.settings import short_hash
 from diffing_core.sums import Moments
@@ -218,6 +219,16 @@ class PairedActivations:
         for number, file in enumerate(self.files):
             for start in range(0, file.n_rows, ROWS_PER_GROUP):
                 yield from self._chosen(number, start)
+
+    def watched(self, what: str) -> Iterator[PairedRows]:
+        """`blocks`, with the progress of reading them shown under that name."""
+        left = self.count()
+        with track(left, "tokens", what) as advance:
+            for rows in self.blocks():
+                yield rows
+                advance(len(rows))
+                left -= len(rows)
+            advance(left)  # the outliers, which no block holds
 
     def shuffled(
         self, batch_rows: int, *, seed: int, epochs: int | None = 1, pool_rows: int = POOL_ROWS

@@ -32,7 +32,6 @@ from diffing_core.findings import Finding
 from diffing_core.fit_reading import FitReading
 from diffing_core.lens_tables import lens_spec, lens_table
 from diffing_core.methods.base import Inputs, Method, Need, Tables
-from diffing_core.progress import track
 from diffing_core.row_settings import RowSettings
 from diffing_core.steering import SteeringSettings, steering_spec, steering_table
 from diffing_core.tables import Column, TableSpec
@@ -166,14 +165,9 @@ def run(inputs: Inputs, settings: PcaSettings) -> Tables:
 def _fitted(rows: PairedActivations, layer: int, device: Any, settings: PcaSettings) -> Iterator[_Fit]:
     """The targets at one layer, all from one reading; a matrix each, which is gone when the next fit is asked for."""
     sums = {target: Covariance(rows.d_model, device) for target in settings.targets}
-    n_left = rows.count()
-    with track(n_left, "rows", f"pca, layer {layer}") as done:
-        for block in rows.blocks():
-            for target, covariance in sums.items():
-                covariance.add(getattr(block, f"{target}_ND"))
-            n_left -= len(block)
-            done(len(block))
-        done(n_left)  # the outliers, which no block holds
+    for block in rows.watched(f"pca, layer {layer}"):
+        for target, covariance in sums.items():
+            covariance.add(getattr(block, f"{target}_ND"))
     for target in settings.targets:
         covariance = sums.pop(target)
         principal = covariance.principal(settings.components or rows.d_model, centred=settings.centred)
@@ -195,7 +189,7 @@ def _ends(
     top = TopExamples(n_read * len(ENDS), settings.examples, ("max",))
     cubes_R = np.zeros(n_read)
     leading = replace(fit.principal, component_KD=fit.principal.component_KD[:n_read])
-    for block in rows.blocks():
+    for block in rows.watched(f"pca, layer {fit.layer}, {fit.target}: ends"):
         value_NR = leading.coordinates(getattr(block, f"{fit.target}_ND"))
         value_NR[~selection.chooses(block)] = 0
         cubes_R += (value_NR.astype(np.float64) ** 3).sum(0)

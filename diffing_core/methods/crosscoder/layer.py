@@ -40,6 +40,7 @@ class Layer:
             settings.selection("held_out", settings.held_out_share),
             reading,
             self._fitted.sample.mean_MD,
+            f"crosscoder, layer {layer}: reading",
         )
         self._latents = latent_table(layer, self._fitted.crosscoder, self._seen, settings)
 
@@ -77,7 +78,7 @@ class Layer:
     def _codes(self, latents: np.ndarray) -> Any:
         """The rows that were read, and the code of these latents, [G, N]."""
         some = self._fitted.crosscoder.only(latents)
-        for rows in self._rows.blocks() if len(latents) else ():
+        for rows in self._rows.watched(f"crosscoder, layer {self._layer}: examples") if len(latents) else ():
             yield rows, some.encode((rows.base_ND, rows.tuned_ND)).T.cpu().numpy()
 
     def _fit_table(self) -> pa.Table:

@@ -87,9 +87,9 @@ class Reading:
     @classmethod
     def of(
         cls, crosscoder: Crosscoder, stored: PairedActivations, held_out: Selection, place: FitReading,
-        shift_MD: tuple[Any, Any],
+        shift_MD: tuple[Any, Any], what: str = "crosscoder: reading",
     ) -> "Reading":  # fmt: skip
-        """Reads the rows of `stored`; those that `held_out` keeps count as held out."""
+        """Reads the rows of `stored`; those that `held_out` keeps count as held out. Progress is shown as `what`."""
         zero_F = torch.zeros(crosscoder.n_latents, device=crosscoder.bias_F.device)
         found = cls(
             LatentScaling(scaled_directions(crosscoder), ERRORS + RECONSTRUCTIONS),
@@ -103,7 +103,7 @@ class Reading:
                 crosscoder.directions(), crosscoder.decoder_bias_MD, crosscoder.scale_M, strict=True
             )
         ]
-        for block, rows in by_block(whole_sequences(stored.blocks())):
+        for block, rows in by_block(whole_sequences(stored.watched(what))):
             found._add(crosscoder, decoders, rows, (held_out.keeps(rows), place.sequence_N(rows)), block)
         return found
 

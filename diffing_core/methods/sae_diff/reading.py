@@ -119,7 +119,7 @@ def _activations(each: Fitted, latent_X: np.ndarray) -> Any:
 
     def read() -> Iterator[tuple[PairedRows, np.ndarray]]:
         chosen = each.dictionary.only(latent_X)
-        for rows in each.material.rows.blocks():
+        for rows in each.material.rows.watched(f"sae_diff, {each.material.name}: examples"):
             yield rows, chosen.encode(each.material.vectors(rows).to(chosen.bias_F.device)).T.cpu().numpy()
 
     return read
