@@ -134,6 +134,11 @@ class Crosscoder:
         """d_j^m in units of the activations, float32 [F, D] per model."""
         return [decoder_FD.detach() / scale for decoder_FD, scale in zip(self.decoder_MFD, self.scale_M, strict=True)]
 
+    def to(self, device: Any) -> "Crosscoder":
+        """The same on another device, without gradients."""
+        named = {name: tensor.detach().to(device) for name, tensor in self.parameters().items()}
+        return Crosscoder.of_parameters(named, self.partition, self.scale_M, self.threshold)
+
     def only(self, latents: np.ndarray) -> "Crosscoder":
         """The same with these latents alone; their code stays what it was, since a threshold decides for each by itself."""
         chosen = torch.from_numpy(np.asarray(latents, np.int64)).to(self.bias_F.device)

@@ -97,3 +97,18 @@ def test_rows_that_are_left_out_change_nothing(name: str, made: tuple[ModelPair,
     assert {table for table in of_answers if not of_answers[table].equals(beside_noise[table])} <= WHOLE_SNIPPETS
     of_all = run(name, pair, spoilt, tmp_path / "all", layers=(1,))
     assert not all(of_answers[table].equals(of_all[table]) for table in of_answers), "the noise is there"
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("pca", "covariance"), ("sae_diff", "methods.sae_diff.fitted"), ("crosscoder", "methods.crosscoder.layer"), ("itda", "methods.itda.material")],
+)
+def test_what_is_summed_in_float64_lies_where_a_device_has_it(
+    name: str, module: str, made: tuple[ModelPair, StoredPair, StoredPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apple's GPUs have none: each method asks once per layer and side where its sums shall be, and obeys (here: the processor)."""
+    asked: list[str] = []
+    monkeypatch.setattr(f"diffing_core.{module}.float64_device", lambda device: asked.append(str(device)) or torch.device("cpu"))
+    pair, stored, _ = made
+    run(name, pair, stored, tmp_path / "result", layers=(1,))
+    assert asked and set(asked) == {str(pair.tuned.device)}
