@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from benchmarks import dictionaries, mining, platform, sae, storage, stream, weights
+from benchmarks import components, dictionaries, mining, platform, sae, storage, stream, weights
 from benchmarks.figure import steady_heap, write
 from diffing_core.settings import diffing_home
 
@@ -22,6 +22,7 @@ BENCHMARKS = (
     storage.shuffling,
     storage.encodings,
     weights.lora_spectrum,
+    components.covariance,
     sae.sae_training,
     dictionaries.crosscoder_training,
     dictionaries.latent_scaling,

@@ -4,21 +4,32 @@ dictionary-learning 0.1.0 has no crosscoder; its BatchTopK autoencoder on both m
 same products. Both get the same tensors in memory.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.figure import Figure, cpu_s, in_turn
+from benchmarks.figure import Clock, Figure, cpu_s, in_turn
 from benchmarks.sae import train_sae
 
-WIDTH = 256
-LATENTS, K = 32 * WIDTH, WIDTH // 16  # as the settings have it for enough text
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a crosscoder, and where it lies."""
+
+    width: int
+    n_latents: int
+    k: int
+    device: str = "cpu"
+
+
+SHAPE = Shape(256, 32 * 256, 16)  # as the settings have it for enough text
+HARDER = Shape(256, 4096, 32)  # twice the entries to half the encoding
 BATCH_ROWS = 2048
-FEWER_LATENTS, LARGER_K = 4096, 32  # twice the entries to half the encoding: the harder case
 TOKENS_PER_TEXT, TEXTS = 64, 768  # of the pass: a batch of some 2,500 rows for each of its blocks of documents
 ROWS = 4096  # of the batch on which the loop is timed
 LOOPED = 32  # latents of which the loop is timed
 
 
-def crosscoder_training(n_steps: int = 4) -> list[Figure]:
+def crosscoder_training(shape: Shape = SHAPE, clock: Clock = cpu_s, n_steps: int = 4) -> list[Figure]:
     """Our loop over `trainSAE`, tokens per second and processor: same rows in memory, width, latents, k and steps.
 
     Both are whole trainings with their beginning: random weights here, there a geometric median of the first batch as well.
@@ -27,57 +38,57 @@ def crosscoder_training(n_steps: int = 4) -> list[Figure]:
 
     from diffing_core.methods.crosscoder.training import Plan, Training, train
 
-    batches = [_activations(BATCH_ROWS, seed) for seed in range(n_steps)]
+    batches = [_activations(shape, BATCH_ROWS, seed) for seed in range(n_steps)]
     together = [torch.cat(pair, dim=1) for pair in batches]
-    plan = Plan(steps=n_steps, learning_rate=1e-4, k=K)
+    plan = Plan(steps=n_steps, learning_rate=1e-4, k=shape.k)
+    variance_M = (float(shape.width), float(shape.width))
     taken = in_turn(
         {
-            "ours (s)": lambda: train(Training(_start(), plan, (WIDTH, WIDTH)), lambda _: iter(batches), lambda *_: None),
-            "trainSAE (s)": lambda: _trained_by_their_loop(together),
+            "ours (s)": lambda: train(Training(_start(shape), plan, variance_M), lambda _: iter(batches), lambda *_: None),
+            "trainSAE (s)": lambda: _trained_by_their_loop(shape, together),
         },
         3,
-        cpu_s,
+        clock,
     )
     parts = taken | {"tokens per s": n_steps * BATCH_ROWS / taken["ours (s)"]}
     return [Figure("crosscoder_training_speedup", taken["trainSAE (s)"] / taken["ours (s)"], "×", 1, "higher", parts)]
 
 
-def _trained_by_their_loop(batches: list[Any]) -> None:
+def _trained_by_their_loop(shape: Shape, batches: list[Any]) -> None:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 
     configuration = {
         "trainer": BatchTopKTrainer,
         "steps": len(batches),
-        "activation_dim": 2 * WIDTH,
-        "dict_size": LATENTS,
-        "k": K,
+        "activation_dim": 2 * shape.width,
+        "dict_size": shape.n_latents,
+        "k": shape.k,
         "layer": 0,
         "lm_name": "",
         "warmup_steps": 1,
         "threshold_start_step": 1,
         "seed": 0,
-        "device": "cpu",
+        "device": shape.device,
     }
-    train_sae()(iter(batches), [configuration], len(batches), device="cpu")
+    train_sae()(iter(batches), [configuration], len(batches), device=shape.device)
 
 
-def latent_scaling() -> list[Figure]:
+def latent_scaling(shapes: tuple[Shape, ...] = (SHAPE, HARDER), clock: Clock = cpu_s) -> list[Figure]:
     """The whole pass of the method over one that encodes the same rows and does nothing else, in memory.
 
     The pass: rows gathered by block of documents, encoded, rebuilt, four targets along four directions (both decoders
     and two controls) in blocks for the jackknife, fit and activity of fitted and held-out parts.
     """
     figures = []
-    for name, n_latents, k in (("", LATENTS, K), ("_k32", FEWER_LATENTS, LARGER_K)):
-        crosscoder = _calibrated(n_latents, k)
-        rows = _Rows.made()
+    for number, shape in enumerate(shapes):
+        crosscoder, rows = _calibrated(shape), _Rows.made(shape)
         taken = in_turn(
             {"encode (s)": lambda: _encoded(crosscoder, rows), "whole pass (s)": lambda: _read(crosscoder, rows)},  # noqa: B023
             3,
-            cpu_s,
+            clock,
         )
-        one_pass = taken["whole pass (s)"] / taken["encode (s)"]
-        figures.append(Figure(f"latent_scaling_per_encode{name}", one_pass, "×", 1.2, "lower", taken))
+        one_pass, name = taken["whole pass (s)"] / taken["encode (s)"], f"latent_scaling_per_encode{f'_k{shape.k}' if number else ''}"
+        figures.append(Figure(name, one_pass, "×", 1.2, "lower", taken))
     return figures
 
 
@@ -86,7 +97,7 @@ def latent_scaling_loop() -> list[Figure]:
     from diffing_core.latent_scaling import LatentScaling
     from diffing_core.methods.crosscoder.reading import ERRORS, RECONSTRUCTIONS, scaled_directions
 
-    crosscoder, pair = _calibrated(LATENTS, K), _activations(ROWS, 0)
+    crosscoder, pair = _calibrated(SHAPE), _activations(SHAPE, ROWS, 0)
     code, code_NF = crosscoder.sparse(crosscoder.scaled(pair)), crosscoder.encode(pair)
     rebuilt = [code.times(decoder_FD) for decoder_FD in crosscoder.decoder_MFD]
     errors = [each - rebuilt_ND for each, rebuilt_ND in zip(pair, rebuilt, strict=True)]
@@ -101,32 +112,34 @@ def latent_scaling_loop() -> list[Figure]:
         3,
         cpu_s,
     )
-    taken["loop (s)"] *= LATENTS / LOOPED
+    taken["loop (s)"] *= SHAPE.n_latents / LOOPED
     return [Figure("latent_scaling_speedup", taken["loop (s)"] / taken["sums alone (s)"], "×", 10, "higher", taken)]
 
 
-def _activations(n_rows: int, seed: int) -> tuple[Any, Any]:
+def _activations(shape: Shape, n_rows: int, seed: int) -> tuple[Any, Any]:
     import torch
 
     draw = torch.Generator().manual_seed(seed)
-    base_ND = torch.randn(n_rows, WIDTH, generator=draw)
-    return base_ND, base_ND + 0.3 * torch.randn(n_rows, WIDTH, generator=draw)
+    base_ND = torch.randn(n_rows, shape.width, generator=draw)
+    tuned_ND = base_ND + 0.3 * torch.randn(n_rows, shape.width, generator=draw)
+    return base_ND.to(shape.device), tuned_ND.to(shape.device)
 
 
-def _start(n_latents: int = LATENTS) -> Any:
+def _start(shape: Shape) -> Any:
     import torch
 
     from diffing_core.methods.crosscoder.model import Crosscoder
     from diffing_core.methods.crosscoder.partition import Partition
 
-    return Crosscoder.initial(Partition.of("plain", n_latents, 0.0, 1.0), [torch.zeros(WIDTH)] * 2, (1.0, 1.0), 0)
+    mean_MD = [torch.zeros(shape.width, device=shape.device)] * 2
+    return Crosscoder.initial(Partition.of("plain", shape.n_latents, 0.0, 1.0), mean_MD, (1.0, 1.0), 0)
 
 
-def _calibrated(n_latents: int, k: float) -> Any:
+def _calibrated(shape: Shape) -> Any:
     from diffing_core.methods.crosscoder.threshold import calibrated_threshold
 
-    crosscoder = _start(n_latents)
-    crosscoder.threshold = calibrated_threshold(crosscoder, [_activations(ROWS, 0)], k)
+    crosscoder = _start(shape)
+    crosscoder.threshold = calibrated_threshold(crosscoder, [_activations(shape, ROWS, 0)], shape.k)
     return crosscoder
 
 
@@ -137,7 +150,7 @@ class _Rows:
         self._every, self._per_group = every, per_group
 
     @classmethod
-    def made(cls) -> "_Rows":
+    def made(cls, shape: Shape) -> "_Rows":
         import numpy as np
 
         from diffing_core.activation_pairs import PairedRows
@@ -146,8 +159,18 @@ class _Rows:
         place_N = np.arange(TEXTS * TOKENS_PER_TEXT)
         none_N = np.zeros(len(place_N), np.int64)
         text_N, position_N = place_N // TOKENS_PER_TEXT, place_N % TOKENS_PER_TEXT
-        rows = PairedRows(none_N, text_N, position_N, none_N, none_N, none_N > 0, *_activations(len(place_N), 1))
+        vectors = _activations(replace(shape, device="cpu"), len(place_N), 1)
+        rows = PairedRows(none_N, text_N, position_N, none_N, none_N, none_N > 0, *vectors)
         return cls(rows, ROWS_PER_GROUP)
+
+    @property
+    def width(self) -> int:
+        """Of the vectors."""
+        return self._every.base_ND.shape[1]
+
+    def watched(self, _what: str) -> Any:
+        """As `PairedActivations.watched`."""
+        yield from self.blocks()
 
     def blocks(self) -> Any:
         """As `PairedActivations.blocks`."""
@@ -173,7 +196,7 @@ def _read(crosscoder: Any, rows: _Rows) -> None:
     from diffing_core.activation_pairs import Selection
     from diffing_core.methods.crosscoder.reading import Reading
 
-    mean_MD = (torch.zeros(WIDTH), torch.zeros(WIDTH))
+    mean_MD = (torch.zeros(rows.width), torch.zeros(rows.width))
     Reading.of(crosscoder, rows, Selection(part="held_out"), rows, mean_MD)  # type: ignore[arg-type]
 
 

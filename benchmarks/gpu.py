@@ -1,4 +1,4 @@
-"""On a GPU: the stream family over bare forwards, at the shape of a real model, and a profile of where the rest goes.
+"""On a GPU: the stream family over bare forwards and the crosscoder, at the shape of a real model, and a profile of the family.
 
 `python -m benchmarks.gpu` writes `gpu_bench.json` and `gpu_profile.txt` to $DIFFING_HOME. With `cpu` as its argument it
 runs the same code on a small model, which measures nothing and shows that it works.
@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks.dictionaries import Shape, crosscoder_training, latent_scaling
 from benchmarks.figure import Clock, Figure, device_s, wall_s
 from benchmarks.pairs import cohort, corpus
 from benchmarks.stream import over_floor, passed, streams
@@ -17,6 +18,7 @@ from diffing_core.models import ModelPair
 from diffing_core.settings import diffing_home
 
 QWEN3_1_7B = {"d_model": 2048, "n_layers": 28, "vocabulary": 151936, "head_dim": 128}
+CROSSCODER, SMALL_CROSSCODER = Shape(2048, 65_536, 100, "cuda"), Shape(64, 512, 8)
 SMALL = {"d_model": 128, "n_layers": 2, "vocabulary": 512}
 PROFILED_TOKENS = 8192
 PROFILE_ROWS = 40
@@ -59,7 +61,8 @@ def main(device: str) -> None:
     n_tokens = 65536 if on_gpu else 2048
     home = diffing_home()
     home.mkdir(parents=True, exist_ok=True)
-    figures = throughput(pair, n_tokens, device_s if on_gpu else wall_s)
+    clock, shape = (device_s, CROSSCODER) if on_gpu else (wall_s, SMALL_CROSSCODER)
+    figures = [*throughput(pair, n_tokens, clock), *crosscoder_training(shape, clock), *latent_scaling((shape,), clock)]
     (home / "gpu_bench.json").write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
     (home / "gpu_profile.txt").write_text(profile(pair, min(n_tokens, PROFILED_TOKENS)))
     for figure in figures:

@@ -24,6 +24,7 @@ from diffing_core.activations import ActivationBlock, ActivationSet, ActivationS
 from diffing_core.corpus import ROLES, ProbeCorpus
 from diffing_core.errors import NotComputableError, StorageError
 from diffing_core.lazy import torch
+from diffing_core.progress import track
 from diffing_core.sampling import sampled
 from diffing_core.settings import short_hash
 from diffing_core.sums import Moments
@@ -219,6 +220,16 @@ class PairedActivations:
             for start in range(0, file.n_rows, ROWS_PER_GROUP):
                 yield from self._chosen(number, start)
 
+    def watched(self, what: str) -> Iterator[PairedRows]:
+        """`blocks`, with the progress of reading them shown under that name."""
+        left = self.count()
+        with track(left, "tokens", what) as advance:
+            for rows in self.blocks():
+                yield rows
+                advance(len(rows))
+                left -= len(rows)
+            advance(left)  # the outliers, which no block holds
+
     def shuffled(
         self, batch_rows: int, *, seed: int, epochs: int | None = 1, pool_rows: int = POOL_ROWS
     ) -> Iterator[PairedRows]:
@@ -243,6 +254,15 @@ class PairedActivations:
             rest += [pool.take(order_N[start:])] if start < len(pool) else []
             del pool  # before the next one is read
         yield from [joined(rest)] if rest else []
+
+    def base_norm(self) -> float:
+        """Mean ‖h_base‖ of the first chosen rows of every corpus that has any: the unit of steering strengths; 0 without rows."""
+        firsts = (
+            next((rows for start in range(0, file.n_rows, ROWS_PER_GROUP) for rows in self._chosen(number, start)), None)
+            for number, file in enumerate(self.files)
+        )
+        norm_N = np.concatenate([np.zeros(0), *(norms(rows.base_ND) for rows in firsts if rows is not None)])
+        return float(norm_N.mean()) if len(norm_N) else 0.0
 
     def moments(self) -> dict[str, Moments]:
         """Mean and variance per dimension of base, tuned and difference, in float64."""

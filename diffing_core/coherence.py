@@ -148,4 +148,4 @@ def _sums(subject: Subject, rows: list[tuple[int, ...]], starts: list[int]) -> l
             ]
         )
     row_N = wanted_BT.nonzero()[:, 0]
-    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_N.cpu(), logprob_N.double().cpu()).tolist()
+    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_N.cpu(), logprob_N.cpu().double()).tolist()

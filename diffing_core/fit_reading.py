@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 
 from diffing_core.activation_pairs import PairedRows, StoredPair
-from diffing_core.activation_parts import ROWS_PER_GROUP
 from diffing_core.blocks import Side, StreamContext, TokenBlock
 from diffing_core.capture import capture_residuals
 from diffing_core.corpus import ProbeCorpus, ProbeSequence, TokenBatch
@@ -59,14 +58,6 @@ class FitReading:
                 "with these layers, or choose among the stored ones"
             )
         return picked
-
-    def mean_norm(self, layer: int) -> float:
-        """Mean ‖h_base‖ at a stored layer, over the first rows of every corpus: the unit of steering strengths."""
-        norms = [
-            file.base.rows(0, min(ROWS_PER_GROUP, file.n_rows)).vector_ND.float().norm(dim=-1).double()
-            for file in self._stored.at(layer).files
-        ]
-        return float(torch.cat(norms).mean())
 
     def sequence_N(self, rows: PairedRows) -> np.ndarray:
         """Number of each row's sequence among all corpora's."""

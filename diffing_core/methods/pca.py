@@ -32,7 +32,6 @@ from diffing_core.findings import Finding
 from diffing_core.fit_reading import FitReading
 from diffing_core.lens_tables import lens_spec, lens_table
 from diffing_core.methods.base import Inputs, Method, Need, Tables
-from diffing_core.progress import track
 from diffing_core.row_settings import RowSettings
 from diffing_core.steering import SteeringSettings, steering_spec, steering_table
 from diffing_core.tables import Column, TableSpec
@@ -128,6 +127,7 @@ class _Fit:
     effective_dimension: float
     skewness_R: np.ndarray | None = None
     n_outliers: int = 0
+    base_norm: float = 0.0
 
     @property
     def n_components(self) -> int:
@@ -148,10 +148,10 @@ def run(inputs: Inputs, settings: PcaSettings) -> Tables:
     for layer in layers:
         here = stored.at(layer)
         rows = settings.rows(here)
-        n_chosen = rows.count()
+        n_chosen, base_norm = rows.count(), rows.base_norm()
         for fit in _fitted(rows, layer, pair.base.device, settings):
             skewness_R, shown = _ends(here, rows.selection, fit, reading, settings)
-            fits.append(replace(fit, skewness_R=skewness_R, n_outliers=n_chosen - fit.n_tokens))
+            fits.append(replace(fit, skewness_R=skewness_R, n_outliers=n_chosen - fit.n_tokens, base_norm=base_norm))
             examples += shown
     return {
         FITS.name: _fit_table(fits, reading),
@@ -165,14 +165,9 @@ def run(inputs: Inputs, settings: PcaSettings) -> Tables:
 def _fitted(rows: PairedActivations, layer: int, device: Any, settings: PcaSettings) -> Iterator[_Fit]:
     """The targets at one layer, all from one reading; a matrix each, which is gone when the next fit is asked for."""
     sums = {target: Covariance(rows.d_model, device) for target in settings.targets}
-    n_left = rows.count()
-    with track(n_left, "rows", f"pca, layer {layer}") as done:
-        for block in rows.blocks():
-            for target, covariance in sums.items():
-                covariance.add(getattr(block, f"{target}_ND"))
-            n_left -= len(block)
-            done(len(block))
-        done(n_left)  # the outliers, which no block holds
+    for block in rows.watched(f"pca, layer {layer}"):
+        for target, covariance in sums.items():
+            covariance.add(getattr(block, f"{target}_ND"))
     for target in settings.targets:
         covariance = sums.pop(target)
         principal = covariance.principal(settings.components or rows.d_model, centred=settings.centred)
@@ -194,7 +189,7 @@ def _ends(
     top = TopExamples(n_read * len(ENDS), settings.examples, ("max",))
     cubes_R = np.zeros(n_read)
     leading = replace(fit.principal, component_KD=fit.principal.component_KD[:n_read])
-    for block in rows.blocks():
+    for block in rows.watched(f"pca, layer {fit.layer}, {fit.target}: ends"):
         value_NR = leading.coordinates(getattr(block, f"{fit.target}_ND"))
         value_NR[~selection.chooses(block)] = 0
         cubes_R += (value_NR.astype(np.float64) ** 3).sum(0)
@@ -276,14 +271,13 @@ def _steering(fits: list[_Fit], reading: FitReading, pair: Any, settings: PcaSet
     ]
     if not steered:
         return STEERING.empty()
-    norms = {layer: reading.mean_norm(layer) for layer in {fit.layer for fit, *_ in steered}}
     vector_MD = np.stack([ENDS[end] * fit.principal.component_KD[k] for fit, k, end in steered])
     groups = {
         "layer": [fit.layer for fit, *_ in steered],
         "component": [k + 1 for _, k, _ in steered],
         "end": [end for *_, end in steered],
     }
-    at_M = [(fit.layer, norms[fit.layer]) for fit, *_ in steered]
+    at_M = [(fit.layer, fit.base_norm) for fit, *_ in steered]
     return steering_table(STEERING, pair, vector_MD, at_M, groups, settings)
 
 
@@ -359,7 +353,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="pca",
-    version="2",
+    version="3",
     kind="fit",
     needs=frozenset({Need.ACTIVATIONS, Need.MODELS}),
     settings=PcaSettings,

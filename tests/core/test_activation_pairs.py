@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffing_core import activation_pairs, activation_parts, activations
-from diffing_core.activation_pairs import PairedActivations, PairedFile, PairedRows, Selection, joined
+from diffing_core.activation_pairs import Outliers, PairedActivations, PairedFile, PairedRows, Selection, joined
 from diffing_core.activation_writer import ActivationWriter
 from diffing_core.blocks import TokenBlock
 from diffing_core.errors import StorageError
@@ -213,3 +213,22 @@ def test_documents_of_two_corpora_have_numbers_of_their_own(tmp_path: Path) -> N
     rows = joined(list(given.blocks()))
     assert len(np.unique(rows.document_N)) == len(np.unique(np.stack([rows.corpus_N, rows.sequence_N]), axis=1).T)
     assert len(np.unique(rows.document_N)) > len(np.unique(rows.sequence_N))
+
+
+def test_the_unit_of_steering_is_of_the_rows_that_are_read(tmp_path: Path) -> None:
+    """Not of first positions or outliers, whose norms are many times larger in a real model."""
+    given = material(tmp_path, GROUP, 3, 2 * GROUP)
+    read = given.of(Selection(first_position=2, roles=("assistant",), outliers=Outliers((10.0, 1e9))))
+    [rows] = read.blocks()
+    assert len(rows) and rows.base_ND.max() < 10, "only numbers below ten are short enough"
+    assert read.base_norm() == pytest.approx(float(rows.base_ND.norm(dim=1).mean()))
+    assert given.base_norm() > 10 * read.base_norm()
+    assert given.of(Selection(first_position=LENGTH)).base_norm() == 0
+
+
+def test_the_unit_of_steering_reads_every_corpus_once(tmp_path: Path) -> None:
+    given = material(tmp_path, GROUP, 3, 2 * GROUP).of(Selection(first_position=4))
+    first = {int(rows.corpus_N[0]): rows for rows in reversed(list(given.blocks()))}
+    assert set(first) == {0, 2}, "the second has three positions"
+    expected = torch.cat([rows.base_ND.norm(dim=1) for rows in first.values()]).mean()
+    assert given.base_norm() == pytest.approx(float(expected))

@@ -86,9 +86,3 @@ def test_layers_are_chosen_by_depth_among_the_stored_ones(made: tuple[ModelPair,
     finally:
         for aside in stored.store.root.rglob("aside.*"):
             aside.rename(aside.with_name(aside.name.removeprefix("aside.")))
-
-
-def test_the_mean_norm_is_the_base_s(made: tuple[ModelPair, StoredPair]) -> None:
-    pair, stored = made
-    norms = torch.cat([rows.base_ND.float().norm(dim=-1) for rows in stored.at(1).blocks()])
-    assert FitReading(pair, stored).mean_norm(1) == pytest.approx(norms.double().mean().item(), rel=1e-6)

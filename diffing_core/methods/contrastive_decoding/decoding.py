@@ -132,7 +132,7 @@ def _logprob(logits_BV: Any, token_B: Any) -> Any:
 
 def _texts(token_BT: Any, logprob_T2B: Any, stops: Sequence[int]) -> list[Text]:
     """Cuts every text behind its first stop token."""
-    logprob_2BT = logprob_T2B.double().permute(1, 2, 0).cpu().numpy()
+    logprob_2BT = logprob_T2B.permute(1, 2, 0).cpu().double().numpy()
     texts = []
     for row, ids in enumerate(token_BT.tolist()):
         n = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))

@@ -52,7 +52,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="crosscoder",
-    version="5",
+    version="6",
     kind="fit",
     needs=frozenset({Need.ACTIVATIONS, Need.MODELS, Need.FOLDER}),
     settings=CrosscoderSettings,

@@ -108,7 +108,7 @@ def _measured(tried: Sequence[Condition], sum_CS: np.ndarray, count_S: np.ndarra
 
 
 class Read(NamedTuple):
-    """Which tokens: whole held-out sequences from all over the corpora until they hold `n_tokens`; which of them are encoded.
+    """Which tokens: whole held-out sequences from all over the corpora, `n_tokens` at most or one; which of them are encoded.
 
     `held_out_S` says which sequences of all corpora are held out; without it all are read.
     """
@@ -129,7 +129,8 @@ class Read(NamedTuple):
         if self.held_out_S is not None:
             order = order[self.held_out_S[order]]
         n_tokens = np.cumsum([len(every[index]) for index in order])
-        chosen = tuple(every[index] for index in order[: np.searchsorted(n_tokens, self.n_tokens) + 1])
+        n_sequences = max(1, np.searchsorted(n_tokens, self.n_tokens, side="right"))
+        chosen = tuple(every[index] for index in order[:n_sequences])
         for batch in replace(corpus, sequences=chosen).batches(TOKENS_PER_BATCH):
             sequences = [chosen[index] for index in batch.sequences]
             seen = [np.arange(len(sequence)) >= max(sequence.start, corpus.skip_first_tokens) for sequence in sequences]

@@ -20,6 +20,7 @@ from diffing_core.methods.crosscoder.schema import CAUSAL, EXAMPLES, FITS, LATEN
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 from diffing_core.models import ModelPair
 from diffing_core.steering import steering_table
+from diffing_core.sums import float64_device
 
 logger = logging.getLogger(__name__)
 
@@ -34,23 +35,25 @@ class Layer:
         self._rows = settings.rows(stored.at(layer), settings.held_out_share)
         self._file = f"layer{layer}/{WEIGHTS}"
         self._fitted: Fitted = fit(self._rows, settings, folder / f"layer{layer}", pair.tuned.device)
+        self._crosscoder = self._fitted.crosscoder.to(float64_device(pair.tuned.device))
         self._seen = Reading.of(
-            self._fitted.crosscoder,
+            self._crosscoder,
             self._rows,
             settings.selection("held_out", settings.held_out_share),
             reading,
             self._fitted.sample.mean_MD,
+            f"crosscoder, layer {layer}: reading",
         )
-        self._latents = latent_table(layer, self._fitted.crosscoder, self._seen, settings)
+        self._latents = latent_table(layer, self._crosscoder, self._seen, settings)
 
     def tables(self) -> dict[str, pa.Table]:
         """All of them, by name."""
         listed = self._listed()
-        base_FD, tuned_FD = (each_FD.cpu().numpy() for each_FD in self._fitted.crosscoder.directions())
+        base_FD, tuned_FD = (each_FD.cpu().numpy() for each_FD in self._crosscoder.directions())
         moved_GD = (tuned_FD - base_FD)[listed]
         keys = {"layer": [self._layer] * len(listed), "latent": listed.tolist()}
         steered = slice(0, self._settings.steered)
-        context, norm = self._reading.context, self._reading.mean_norm(self._layer)
+        context, norm = self._reading.context, self._rows.base_norm()
         return {
             FITS.name: self._fit_table(),
             LATENTS.name: self._latents,
@@ -76,12 +79,12 @@ class Layer:
 
     def _codes(self, latents: np.ndarray) -> Any:
         """The rows that were read, and the code of these latents, [G, N]."""
-        some = self._fitted.crosscoder.only(latents)
-        for rows in self._rows.blocks() if len(latents) else ():
+        some = self._crosscoder.only(latents)
+        for rows in self._rows.watched(f"crosscoder, layer {self._layer}: examples") if len(latents) else ():
             yield rows, some.encode((rows.base_ND, rows.tuned_ND)).T.cpu().numpy()
 
     def _fit_table(self) -> pa.Table:
-        crosscoder, plan, seen = self._fitted.crosscoder, self._fitted.plan, self._seen
+        crosscoder, plan, seen = self._crosscoder, self._fitted.plan, self._seen
         found, n_outliers = seen.explained, self._rows.count() - seen.n_tokens
         active = {"fit": seen.fit_active_F, "held_out": seen.held_out_active_F}
         rows = [
@@ -121,7 +124,7 @@ class Layer:
             settings.causal_tokens, settings.first_position, self._rows.selection.outliers, settings.seed, settings.roles,
             settings.template, held_out_S,
         )  # fmt: skip
-        whole, answers = causal_effects(self._fitted.crosscoder, self._reading, self._layer, tried, tokens)
+        whole, answers = causal_effects(self._crosscoder, self._reading, self._layer, tried, tokens)
         of_answers = answers.effects or [None] * len(tried)
         rows = [
             {

@@ -101,15 +101,17 @@ class Crosscoder:
 
     def encode(self, activation_MND: Pair) -> Any:
         """The code of raw activations, [N, F]: values whose score is above θ. Does not depend on other tokens."""
-        with torch.no_grad():
-            drive_NF = self.drive(self.scaled(activation_MND))
-            return drive_NF.mul_(drive_NF > self.bound_F())
+        drive_NF = self._fused_drive(self.scaled(activation_MND))
+        return drive_NF.mul_(drive_NF > self.bound_F())
 
     def sparse(self, scaled_MND: Pair) -> SparseCode:
-        """The entries of `encode`, of scaled activations, without its dense array."""
+        """The entries of `encode` to the last bit, of scaled activations, without its dense array."""
+        return SparseCode.above(self._fused_drive(scaled_MND), self.bound_F())
+
+    def _fused_drive(self, scaled_MND: Pair) -> Any:
+        """`drive` to rounding, in one array and without gradients."""
         with torch.no_grad():
-            drive_NF = torch.addmm(self.bias_F, scaled_MND[0], self.encoder_MDF[0]).addmm_(scaled_MND[1], self.encoder_MDF[1])
-            return SparseCode.above(drive_NF, self.bound_F())
+            return torch.addmm(self.bias_F, scaled_MND[0], self.encoder_MDF[0]).addmm_(scaled_MND[1], self.encoder_MDF[1])
 
     def bound_F(self) -> Any:
         """The code's value above which a latent is active: θ over its cost; a latent without a decoder never is."""
@@ -131,6 +133,11 @@ class Crosscoder:
     def directions(self) -> list[Any]:
         """d_j^m in units of the activations, float32 [F, D] per model."""
         return [decoder_FD.detach() / scale for decoder_FD, scale in zip(self.decoder_MFD, self.scale_M, strict=True)]
+
+    def to(self, device: Any) -> "Crosscoder":
+        """The same on another device, without gradients."""
+        named = {name: tensor.detach().to(device) for name, tensor in self.parameters().items()}
+        return Crosscoder.of_parameters(named, self.partition, self.scale_M, self.threshold)
 
     def only(self, latents: np.ndarray) -> "Crosscoder":
         """The same with these latents alone; their code stays what it was, since a threshold decides for each by itself."""

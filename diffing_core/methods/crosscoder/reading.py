@@ -87,9 +87,9 @@ class Reading:
     @classmethod
     def of(
         cls, crosscoder: Crosscoder, stored: PairedActivations, held_out: Selection, place: FitReading,
-        shift_MD: tuple[Any, Any],
+        shift_MD: tuple[Any, Any], what: str = "crosscoder: reading",
     ) -> "Reading":  # fmt: skip
-        """Reads the rows of `stored`; those that `held_out` keeps count as held out."""
+        """Reads the rows of `stored`; those that `held_out` keeps count as held out. Progress is shown as `what`."""
         zero_F = torch.zeros(crosscoder.n_latents, device=crosscoder.bias_F.device)
         found = cls(
             LatentScaling(scaled_directions(crosscoder), ERRORS + RECONSTRUCTIONS),
@@ -103,7 +103,7 @@ class Reading:
                 crosscoder.directions(), crosscoder.decoder_bias_MD, crosscoder.scale_M, strict=True
             )
         ]
-        for block, rows in by_block(whole_sequences(stored.blocks())):
+        for block, rows in by_block(whole_sequences(stored.watched(what))):
             found._add(crosscoder, decoders, rows, (held_out.keeps(rows), place.sequence_N(rows)), block)
         return found
 
@@ -124,14 +124,16 @@ class Reading:
 
     def _count(self, code: SparseCode, held_out_N: np.ndarray, sequence_N: np.ndarray) -> None:
         self.maximum_F = torch.maximum(self.maximum_F, code.maxima())
-        self.n_active_F += code.sums()
+        active_F = code.sums()
+        self.n_active_F += active_F
         held_out_A = torch.from_numpy(held_out_N).to(code.row_A.device)[code.row_A]
         held_out_F = code.sums(held_out_A)
         self.held_out_active_F += held_out_F
-        self.fit_active_F += code.sums() - held_out_F
+        self.fit_active_F += active_F - held_out_F
         unique, number_N = np.unique(sequence_N, return_inverse=True)
-        place_A = torch.from_numpy(number_N).to(code.row_A.device)[code.row_A] * code.n_latents + code.latent_A
-        self.sequences_F += torch.bincount(place_A.unique() % code.n_latents, minlength=code.n_latents)
+        seen_SF = torch.zeros(len(unique), code.n_latents, dtype=torch.bool, device=code.row_A.device)
+        seen_SF[torch.from_numpy(number_N).to(code.row_A.device)[code.row_A], code.latent_A] = True
+        self.sequences_F += seen_SF.sum(0)
         self.n_sequences += len(unique)
         self.n_tokens += len(code)
 

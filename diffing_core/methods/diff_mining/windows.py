@@ -32,7 +32,7 @@ class LikelihoodWindows:
     def add(self, block: TokenBlock, ended: list[int]) -> None:
         """Adds N tokens; `ended` are the sequences whose last token is among them."""
         next_N = block.next_N.clamp(min=0)
-        ratio_N = block.logprob_difference_NV.gather(1, next_N[:, None])[:, 0].double().cpu().numpy()
+        ratio_N = block.logprob_difference_NV.gather(1, next_N[:, None])[:, 0].cpu().double().numpy()
         bounds = np.flatnonzero(np.diff(block.sequence_N)) + 1
         for rows in np.split(np.arange(len(block)), bounds):
             sequence = int(block.sequence_N[rows[0]])

@@ -92,7 +92,7 @@ class Behaviour:
         for batch, base_BTD in zip(self._batches(), self._base, strict=True):
             tuned_BTV = self._logprob_BTV("tuned", self._normed_BTD("tuned", batch))
             base_BTV = self._logprob_BTV("base", base_BTD)
-            kl_BT = torch.linalg.vecdot(tuned_BTV.exp(), tuned_BTV - base_BTV).double().cpu().numpy()
+            kl_BT = torch.linalg.vecdot(tuned_BTV.exp(), tuned_BTV - base_BTV).cpu().double().numpy()
             seen_BT = batch.mask_BT & (np.arange(batch.mask_BT.shape[1]) >= self._first[list(batch.sequences), None])
             total_S[list(batch.sequences)] = (kl_BT * seen_BT).sum(1)
             advance(1)
@@ -150,11 +150,12 @@ class Ablation:
             self._encoded[number] = self._of_batch(place_BT, hidden_BTD)
         code, norm_N1, edited_N1 = self._encoded[number]
         part_NA = code.columns(len(self._found.whole), atoms) * norm_N1 * edited_N1
-        return (part_NA @ self._removed_ID[how][atoms]).view(hidden_BTD.shape)
+        return (part_NA @ self._removed_ID[how][atoms]).view(hidden_BTD.shape).to(hidden_BTD.device)
 
     def _of_batch(self, place_BT: np.ndarray, hidden_BTD: Any) -> _Encoded:
-        vector_ND = hidden_BTD.flatten(0, 1).float()
-        code = self._settings.encoder.encode(unit(vector_ND), self._found.whole.atom_ID)
+        atom_ID = self._found.whole.atom_ID
+        vector_ND = hidden_BTD.flatten(0, 1).to(atom_ID.device).float()
+        code = self._settings.encoder.encode(unit(vector_ND), atom_ID)
         edited_N1 = torch.from_numpy(np.isin(place_BT, self._place_N).reshape(-1, 1)).to(vector_ND.device)
         return _Encoded(code, vector_ND.norm(dim=1, keepdim=True), edited_N1)
 

@@ -21,6 +21,7 @@ from diffing_core.itda_dictionary import Staged, usable
 from diffing_core.lazy import torch
 from diffing_core.methods.itda.settings import ItdaSettings
 from diffing_core.sampling import position_hash
+from diffing_core.sums import float64_device
 
 ORDER = 1  # seed of the hash by which tokens are chosen
 
@@ -150,7 +151,7 @@ class Chosen:
         if not len(kept):
             raise NotComputableError(f"all {len(rows)} tokens are special or zero; probe with text")
         n_left_out, rows = len(rows) - len(kept), rows.take(kept)
-        device = self._reading.context.tuned.device
+        device = float64_device(self._reading.context.tuned.device)
         rows = PairedRows(**vars(rows) | {side: getattr(rows, side).float().to(device) for side in ("base_ND", "tuned_ND")})
         return Material(rows, self._reading.sequence_N(rows), n_left_out, n_outliers)
 

@@ -80,7 +80,7 @@ def run(inputs: Inputs, settings: SaeDiffSettings) -> Tables:
         TOKENS.name: token_table(every, lens),
         LENS.name: lens,
         EXAMPLES.name: example_table(every, reading, settings),
-        STEERED.name: steered_table(every, pair, reading, settings),
+        STEERED.name: steered_table(every, pair, settings),
     }
 
 
@@ -119,7 +119,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="sae_diff",
-    version="3",
+    version="4",
     kind="fit",
     needs=frozenset({Need.MODELS, Need.ACTIVATIONS, Need.FOLDER}),
     settings=SaeDiffSettings,

@@ -60,7 +60,7 @@ class Latents:
     def of(cls, material: Material, dictionary: Dictionary) -> "Latents":
         """Reads all rows once."""
         sums = _Sums(dictionary)
-        for block, rows in by_block(material.rows.blocks()):
+        for block, rows in by_block(material.rows.watched(f"sae_diff, {material.name}: reading")):
             sums.add(material.vectors(rows), rows, block)
         scaling = sums.scaling
         n_fires_F, beta_tuned_F = scaling.n_active_F, scaling.beta("tuned", "decoder")

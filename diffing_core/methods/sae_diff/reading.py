@@ -103,13 +103,13 @@ def example_table(every: Sequence[Fitted], reading: FitReading, settings: SaeDif
     return pa.concat_tables(parts).combine_chunks() if parts else EXAMPLES.empty()
 
 
-def steered_table(every: Sequence[Fitted], pair: ModelPair, reading: FitReading, settings: SaeDiffSettings) -> pa.Table:
+def steered_table(every: Sequence[Fitted], pair: ModelPair, settings: SaeDiffSettings) -> pa.Table:
     """Samples written with the leading latents' directions added."""
     chosen = [(each, each.leading(settings.steered)) for each in every]
     direction_XD = np.concatenate([each.directions(latent_X) for each, latent_X in chosen]) if chosen else np.zeros((0, 1))
     if not len(direction_XD):
         return STEERED.empty()
-    norm = {layer: reading.mean_norm(layer) for layer in {each.material.layer for each in every}}
+    norm = {each.material.layer: each.material.rows.base_norm() for each in every}
     at_X = [(each.material.layer, norm[each.material.layer]) for each, latent_X in chosen for _ in latent_X]
     return steering_table(STEERED, pair, direction_XD, at_X, _together(chosen), settings)
 
@@ -119,7 +119,7 @@ def _activations(each: Fitted, latent_X: np.ndarray) -> Any:
 
     def read() -> Iterator[tuple[PairedRows, np.ndarray]]:
         chosen = each.dictionary.only(latent_X)
-        for rows in each.material.rows.blocks():
+        for rows in each.material.rows.watched(f"sae_diff, {each.material.name}: examples"):
             yield rows, chosen.encode(each.material.vectors(rows).to(chosen.bias_F.device)).T.cpu().numpy()
 
     return read

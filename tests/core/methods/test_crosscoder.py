@@ -24,6 +24,7 @@ from diffing_core.methods.crosscoder.partition import Partition
 from diffing_core.methods.crosscoder.settings import CrosscoderSettings
 from diffing_core.methods.crosscoder.threshold import calibrated_threshold
 from diffing_core.methods.crosscoder.training import Plan, Training, train
+from diffing_core.sparse_code import SparseCode
 
 SHARED, BASE_ONLY, TUNED_ONLY = slice(0, 16), slice(16, 20), slice(20, 24)
 WIDTH, LATENTS, K = 32, 48, 4
@@ -431,10 +432,16 @@ def test_some_latents_alone_have_the_code_that_they_have_among_all() -> None:
     crosscoder = trained(world, 20).crosscoder
     activations, chosen = world.batch(256, 0), np.asarray([5, 2, 40])
     torch.testing.assert_close(crosscoder.only(chosen).encode(activations), crosscoder.encode(activations)[:, chosen])
-    code_NF = crosscoder.encode(activations)
-    sparse = crosscoder.sparse(crosscoder.scaled(activations))
-    assert sparse.sums().tolist() == (code_NF > 0).sum(0).tolist()
-    torch.testing.assert_close(sparse.maxima(), code_NF.max(0).values)
+
+
+def test_the_sparse_code_is_the_dense_one_to_the_last_bit() -> None:
+    world = World()
+    crosscoder = trained(world, 20).crosscoder
+    code_NF = crosscoder.encode(world.batch(256, 0))
+    sparse = crosscoder.sparse(crosscoder.scaled(world.batch(256, 0)))
+    expected = SparseCode.of(code_NF)
+    for name in ("start_N1", "latent_A", "value_A"):
+        assert torch.equal(getattr(sparse, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,15 @@ def test_the_causal_test_reads_what_was_not_trained_on(made: tuple[ModelPair, St
     assert 0 < sum(read) == held_out_S.sum() < 40
 
 
+@pytest.mark.parametrize("most", [1, 30, 100])
+def test_the_causal_test_reads_no_more_tokens_than_asked_for_or_one_text(made: tuple[ModelPair, StoredPair], most: int) -> None:
+    corpus = FitReading(*made).context.corpus
+    batches = [batch for batch, *_ in Read(most, 0, None, 0).batches(corpus)]
+    n_texts, n_tokens = sum(len(batch.sequences) for batch in batches), sum(int(batch.mask_BT.sum()) for batch in batches)
+    assert n_tokens <= most or n_texts == 1
+    assert n_tokens > most - 14 or n_texts == 1, "a text has 13 tokens at most"
+
+
 @pytest.mark.parametrize("skipped", ["by the model", "by the corpus"])
 def test_the_causal_test_neither_encodes_nor_counts_tokens_that_no_method_sees(
     made: tuple[ModelPair, StoredPair], skipped: str
