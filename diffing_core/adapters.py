@@ -197,10 +197,10 @@ def _take_out(peft_model: Any, name: str) -> None:
                 peft_model.set_submodule(path, layer.original_module)
             elif isinstance(layer, BaseTunerLayer) and not path.endswith(".token_adapter"):
                 peft_model.set_submodule(path, layer.get_base_layer())
-    elif list(peft_model.peft_config) == [name]:
-        _unload(peft_model)
     elif name in peft_model.peft_config:
-        peft_model.delete_adapter(name)
+        remove_adapter(peft_model, name)
+    else:
+        peft_model.base_model.disable_adapter_layers()
 
 
 def _unload(peft_model: Any) -> None:

@@ -110,6 +110,21 @@ def test_a_failed_adapter_that_stores_a_module_whole_leaves_the_base_as_it_was(t
     assert torch.equal(logits(module), base)
 
 
+@pytest.mark.parametrize("kind", ["queries", "head", "tokens"])
+def test_a_failed_adapter_leaves_the_others_and_none_on(tmp_path: Path, kind: str) -> None:
+    folder = save_base(tmp_path / "base")
+    module = tf.AutoModelForCausalLM.from_pretrained(folder)
+    base = logits(module)
+    model = add_adapter(module, save_adapter(tmp_path / "first", folder, target_modules=["gate_proj"]), "first")
+    with switched(model, "first") as plain:
+        first = logits(plain)
+    with pytest.raises(ModelLoadError, match="1 tensors are missing"):
+        add_adapter(model, damaged_adapter(tmp_path / "damaged", folder, **KINDS[kind]), "tuned")
+    assert torch.equal(logits(model.get_base_model()), base)
+    with switched(model, "first") as plain:
+        assert torch.equal(logits(plain), first)
+
+
 def test_removing_the_last_adapter_gives_back_a_module_that_it_stores_whole(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base")
     module = tf.AutoModelForCausalLM.from_pretrained(folder)
