@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from diffing_core.errors import ModelLoadError
+from diffing_core.errors import LibraryErrors, ModelLoadError
 from diffing_core.lazy import torch
 from diffing_core.lora_forward import add_in_place
 from diffing_core.safetensor_files import weight_files
@@ -58,20 +58,18 @@ def add_adapter(module: Any, folder: Path, name: str) -> Any:
 
     if not is_switchable(folder):
         raise ModelLoadError(f"adapter {folder} would change the base that others share: {_MERGE}")
-    _check_adapter_weights(module, folder)
-    wrapped = isinstance(module, PeftModel)
     peft_model = module
+    to_do = "; it was made for another base model, or its adapter_config.json is not its own"
     try:
-        if not wrapped:
-            peft_model = PeftModel(module, PeftConfig.from_pretrained(folder, inference_mode=True), name)
-        with _each_asked_for_its_own(peft_model):
-            result = peft_model.load_adapter(folder, name)
-    except (ValueError, RuntimeError, TypeError, LookupError) as error:
+        with LibraryErrors(f"adapter {folder} does not fit base {_class_name(module)}", to_do):
+            _check_adapter_weights(module, folder)
+            if not isinstance(module, PeftModel):
+                peft_model = PeftModel(module, PeftConfig.from_pretrained(folder, inference_mode=True), name)
+            with _each_asked_for_its_own(peft_model):
+                result = peft_model.load_adapter(folder, name)
+    except ModelLoadError:
         _take_out(peft_model, name)
-        raise ModelLoadError(
-            f"adapter {folder} does not fit base {_class_name(module)}: {str(error).strip()[:400]}; it was "
-            "made for another base model, or its adapter_config.json is not its own"
-        ) from error
+        raise
     strays = [*result.missing_keys, *result.unexpected_keys]
     if strays:
         _take_out(peft_model, name)
