@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from diffing_core.errors import ModelLoadError
+from diffing_core.errors import LibraryErrors, ModelLoadError
 from diffing_core.lazy import torch
 from diffing_core.lora_forward import add_in_place
 from diffing_core.safetensor_files import weight_files
@@ -58,19 +58,18 @@ def add_adapter(module: Any, folder: Path, name: str) -> Any:
 
     if not is_switchable(folder):
         raise ModelLoadError(f"adapter {folder} would change the base that others share: {_MERGE}")
-    _check_adapter_weights(module, folder)
-    wrapped = isinstance(module, PeftModel)
     peft_model = module
+    to_do = "; it was made for another base model, or its adapter_config.json is not its own"
     try:
-        if not wrapped:
-            peft_model = PeftModel(module, PeftConfig.from_pretrained(folder, inference_mode=True), name)
-        result = peft_model.load_adapter(folder, name)
-    except (ValueError, RuntimeError, TypeError) as error:
+        with LibraryErrors(f"adapter {folder} does not fit base {_class_name(module)}", to_do):
+            _check_adapter_weights(module, folder)
+            if not isinstance(module, PeftModel):
+                peft_model = PeftModel(module, PeftConfig.from_pretrained(folder, inference_mode=True), name)
+            with _each_asked_for_its_own(peft_model):
+                result = peft_model.load_adapter(folder, name)
+    except ModelLoadError:
         _take_out(peft_model, name)
-        raise ModelLoadError(
-            f"adapter {folder} does not fit base {_class_name(module)}: {str(error).strip()[:400]}; it was "
-            "made for another base model, or its adapter_config.json is not its own"
-        ) from error
+        raise
     strays = [*result.missing_keys, *result.unexpected_keys]
     if strays:
         _take_out(peft_model, name)
@@ -92,7 +91,7 @@ def remove_adapter(peft_model: Any, name: str) -> None:
     _KNOWN_SWITCHES.pop(peft_model, None)  # an adapter of the same name may come with other layers
     others = [each for each in peft_model.peft_config if each != name]
     if not others:
-        peft_model.unload()
+        _unload(peft_model)
         return
     peft_model.set_adapter(others[0], inference_mode=True)
     peft_model.delete_adapter(name)
@@ -165,19 +164,50 @@ def _switches(peft_model: Any) -> tuple[list[Any], list[Any]]:
     return layers, wrappers
 
 
+@contextmanager
+def _each_asked_for_its_own(peft_model: Any) -> Iterator[None]:
+    """PEFT's `load_adapter` wants, of every module with trained tokens, rows of the new adapter, which may have none there."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    def asks_only_its_own(wrapper: Any) -> None:
+        load_map = wrapper.adapter_state_dict_load_map
+        wrapper.adapter_state_dict_load_map = lambda name: load_map(name) if name in wrapper._adapters else {}
+
+    wrappers = [module for module in peft_model.modules() if isinstance(module, TrainableTokensWrapper)]
+    for wrapper in wrappers:
+        asks_only_its_own(wrapper)
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            del wrapper.adapter_state_dict_load_map
+
+
 def _take_out(peft_model: Any, name: str) -> None:
     """Undoes a failed load: the other adapters stay, or the plain model becomes whole again."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     _KNOWN_SWITCHES.pop(peft_model, None)
     if not is_wrapped(peft_model):  # it failed half way through wrapping
         for path, layer in list(peft_model.named_modules()):
-            if isinstance(layer, BaseTunerLayer):
+            if isinstance(layer, AuxiliaryTrainingWrapper):
+                peft_model.set_submodule(path, layer.original_module)
+            elif isinstance(layer, BaseTunerLayer) and not path.endswith(".token_adapter"):
                 peft_model.set_submodule(path, layer.get_base_layer())
-    elif list(peft_model.peft_config) == [name]:
-        peft_model.unload()
     elif name in peft_model.peft_config:
-        peft_model.delete_adapter(name)
+        remove_adapter(peft_model, name)
+    else:
+        peft_model.base_model.disable_adapter_layers()
+
+
+def _unload(peft_model: Any) -> None:
+    """The plain model again; of a module that an adapter stores whole, PEFT alone would leave the adapter's in its place."""
+    _, wrappers = _switches(peft_model)
+    for wrapper in wrappers:
+        wrapper.set_adapter([], inference_mode=True)
+    _KNOWN_SWITCHES.pop(peft_model, None)
+    peft_model.unload()
 
 
 def _check_adapter_weights(module: Any, folder: Path) -> None:
@@ -190,7 +220,7 @@ def _check_adapter_weights(module: Any, folder: Path) -> None:
         for name, tensor in load_file(file).items():
             if not torch.isfinite(tensor).all():
                 raise ModelLoadError(f"{file}: tensor {name} holds NaN or infinite values; save the adapter again")
-            path = name.removeprefix("base_model.model.").rpartition(".")[0]
+            path = name.removeprefix("base_model.model.").rpartition(".")[0].removesuffix(".base_layer")
             if not any(part in name for part in _OWN_TENSORS) and not path.endswith(kept):
                 _check_same_weight(plain, path, tensor, file)
 

@@ -21,6 +21,7 @@ _REASONING = ("reasoning_content", "thinking")
 _END = "</think>"
 _TAG = re.compile(r"(\n*</?think>\n*)")
 _MARK = "\ue000{}\ue001"  # of the private use area: no template has them
+_HALF = re.compile("[\ud800-\udfff]")
 _MARKED = re.compile(_MARK.format(r"(\d+)"))
 
 
@@ -42,13 +43,26 @@ def render(messages: Sequence[Message], tokenizer: Any, **options: Any) -> str:
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=strftime_now, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # a template may add up what is no text
         roles = ", ".join(message["role"] for message in messages)
         raise NotComputableError(f"the chat template refuses a chat of {roles}: {error}") from error
 
 
+def check_whole(text: str) -> str:
+    """The text, if it has an encoding.
+
+    Raises:
+        NotComputableError: it holds half a character, as JSON may and no tokenizer takes.
+    """
+    if _HALF.search(text):
+        raise NotComputableError("found half a character (a lone surrogate) where text is expected")
+    return text
+
+
 def check_messages(record: Any) -> list[Message]:
-    """The record, if it is a list of messages, each with a known role and a text.
+    """The messages of a record, if it is a list of them, each with a known role and a text.
+
+    Fields that are null are left out: files of columns have every field in every message.
 
     Raises:
         NotComputableError: it is something else.
@@ -61,7 +75,7 @@ def check_messages(record: Any) -> list[Message]:
             raise NotComputableError("a message needs role and content as text")
         if message["role"] not in ROLES:
             raise NotComputableError(f"a message is of unknown role {message['role']!r}; known are {ROLES[1:]}")
-    return record
+    return [{key: value for key, value in message.items() if value is not None} for message in record]
 
 
 def first_exchange(messages: list[Message]) -> list[Message]:
@@ -88,7 +102,7 @@ def encode(messages: list[Message], tokenizer: Any, **options: Any) -> tuple[np.
         NotComputableError: the template refuses the messages, or changes what they say.
     """
     asked, options = _asked(messages, options)
-    rendered = render(asked, tokenizer, **options)
+    rendered = check_whole(render(asked, tokenizer, **options))
     parts, marked = _marked(asked)
     spans = _spans(rendered, render(marked, tokenizer, **options), parts)
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from diffing_core.errors import ModelLoadError, RegistryError
+from diffing_core.errors import LibraryErrors, ModelLoadError, RegistryError
 from diffing_core.lazy import torch
 from diffing_core.registry import Model
 from diffing_core.safetensor_files import weight_files
@@ -20,11 +20,10 @@ def load_module(folder: Path, entry: Model, dtype: str, device: Any, *, remote_c
         ModelLoadError: damaged, incomplete or non-finite weights, or a configuration transformers refuses.
     """
     import transformers
-    from safetensors import SafetensorError
 
     weight_files(folder)
     code = {"trust_remote_code": remote_code, "local_files_only": True}
-    try:
+    with LibraryErrors(f"cannot load {folder} for model {entry.name}"):
         config = transformers.AutoConfig.from_pretrained(folder, **code)
         module, report = auto_class(config).from_pretrained(
             folder,
@@ -34,8 +33,6 @@ def load_module(folder: Path, entry: Model, dtype: str, device: Any, *, remote_c
             output_loading_info=True,
             **code,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelLoadError(f"cannot load {folder} for model {entry.name}: {str(error).strip()[:600]}") from error
     absent = sorted(report["missing_keys"])
     if absent:
         raise ModelLoadError(
@@ -66,13 +63,9 @@ def load_tokenizer(folder: Path, entry: Model, *, remote_code: bool = False) -> 
     """
     from transformers import AutoTokenizer
 
-    try:
+    what = f"cannot load the tokenizer of model {entry.name} from {folder}"
+    with LibraryErrors(what, "; save one there, or name another place under tokenizer in the registry entry"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(
-            f"cannot load the tokenizer of model {entry.name} from {folder}: {str(error).strip()[:300]}; "
-            "save one there, or name another place under tokenizer in the registry entry"
-        ) from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -266,7 +266,7 @@ def _heeds_thinking(document: Any, tokenizer: Any, spec: Corpus, options: Mappin
 
 
 def _text_sequence(text: str, tokenizer: Any) -> ProbeSequence:
-    token_T = np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
+    token_T = np.asarray(tokenizer(chats.check_whole(text))["input_ids"], dtype=np.int32)
     return ProbeSequence(token_T, np.zeros(len(token_T), np.int8), np.zeros(len(token_T), bool))
 
 

@@ -71,7 +71,7 @@ def _all(files: Iterable[File], column: str) -> Iterator[Any]:
 @contextmanager
 def _lines(file: File) -> Iterator[TextIO]:
     with (file.open("rb") if isinstance(file, Path) else file.open()) as raw:
-        yield io.TextIOWrapper(gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw, encoding="utf-8")
+        yield io.TextIOWrapper(gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw, encoding="utf-8-sig")
 
 
 def _jsonl(file: File, column: str) -> Iterator[Any]:
@@ -153,7 +153,7 @@ def _check_column(file: File, column: str, names: list[str]) -> None:
 
 def _paragraphs(file: Path, _: str) -> Iterator[str]:
     lines: list[str] = []
-    with file.open(encoding="utf-8") as opened:
+    with file.open(encoding="utf-8-sig") as opened:
         for line in chain(opened, [""]):
             if line.strip():
                 lines.append(line)

@@ -55,5 +55,25 @@ class EvaluationError(DiffingError):
     """An investigator or grader got something it must not use."""
 
 
+class LibraryErrors:
+    """Context of a call by which a library reads what others wrote: whatever it raises there becomes a ModelLoadError.
+
+    Libraries raise every kind of error on files that are not as they expect, some even `Exception` itself; an error of ours
+    stays as it is.
+    """
+
+    def __init__(self, what: str, to_do: str = "") -> None:
+        """`what` could not be done; `to_do` follows the library's own words."""
+        self._what, self._to_do = what, to_do
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, DiffingError):
+            said = str(error).strip()[:600] or type(error).__name__
+            raise ModelLoadError(f"{self._what}: {said}{self._to_do}") from error
+
+
 # What one model, corpus or method raises when it fails; where many are worked on, the others go on.
 FAILS_ALONE = (DiffingError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError)

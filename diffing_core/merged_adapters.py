@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffing_core.checkpoints import load_module
-from diffing_core.errors import ModelLoadError, NotComputableError
+from diffing_core.errors import LibraryErrors, ModelLoadError, NotComputableError
 from diffing_core.lazy import torch
 from diffing_core.new_folder import new_folder
 from diffing_core.registry import Model, Source
@@ -53,7 +53,8 @@ def _with_adapter(module: Any, folder: Path) -> Any:
     """The plain module with one adapter merged; starts that draw random numbers draw the same ones every time."""
     from peft import PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(folder, inference_mode=True)
+    with LibraryErrors(f"cannot read adapter {folder}"):
+        config = PeftConfig.from_pretrained(folder, inference_mode=True)
     start = str(getattr(config, "init_lora_weights", "")).lower()
     if config.is_prompt_learning:
         raise NotComputableError(f"adapter {folder} ({config.peft_type.value}) adds inputs and changes no weight")
@@ -70,7 +71,7 @@ def _with_adapter(module: Any, folder: Path) -> Any:
             strays = [*loaded.missing_keys, *loaded.unexpected_keys]
             if not strays:
                 return _merge_of(wrapped)(safe_merge=True)
-        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise NotComputableError(
                 f"PEFT cannot merge adapter {folder} ({config.peft_type.value}) into {type(module).__name__}: "
                 f"{str(error).strip()[:400]}"

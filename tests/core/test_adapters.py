@@ -7,8 +7,10 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 from diffing_core.adapters import add_adapter, remove_adapter, switched
+from diffing_core.errors import ModelLoadError
 from tests.model_files import build, save_adapter, save_base, tokens
 
 LORA = {"r": 2, "init_lora_weights": False}
@@ -88,3 +90,65 @@ def test_pefts_own_record_of_the_adapter_follows(name: str | None) -> None:
     model = with_adapters()
     with switched(model, "head"), switched(model, name):
         assert model.active_adapter == (name or "head")
+
+
+def damaged_adapter(folder: Path, base: Path, **settings: object) -> Path:
+    """An adapter with a tensor less than its configuration says."""
+    save_adapter(folder, base, **settings)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop(next(name for name in tensors if ".lora_A." in name))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_a_failed_adapter_that_stores_a_module_whole_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "base")
+    module = tf.AutoModelForCausalLM.from_pretrained(folder)
+    base = logits(module)
+    with pytest.raises(ModelLoadError, match="1 tensors are missing"):
+        add_adapter(module, damaged_adapter(tmp_path / "damaged", folder, **KINDS["head"]), "tuned")
+    assert torch.equal(logits(module), base)
+
+
+@pytest.mark.parametrize("kind", ["queries", "head", "tokens"])
+def test_a_failed_adapter_leaves_the_others_and_none_on(tmp_path: Path, kind: str) -> None:
+    folder = save_base(tmp_path / "base")
+    module = tf.AutoModelForCausalLM.from_pretrained(folder)
+    base = logits(module)
+    model = add_adapter(module, save_adapter(tmp_path / "first", folder, target_modules=["gate_proj"]), "first")
+    with switched(model, "first") as plain:
+        first = logits(plain)
+    with pytest.raises(ModelLoadError, match="1 tensors are missing"):
+        add_adapter(model, damaged_adapter(tmp_path / "damaged", folder, **KINDS[kind]), "tuned")
+    assert torch.equal(logits(model.get_base_model()), base)
+    with switched(model, "first") as plain:
+        assert torch.equal(logits(plain), first)
+
+
+def test_removing_the_last_adapter_gives_back_a_module_that_it_stores_whole(tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "base")
+    module = tf.AutoModelForCausalLM.from_pretrained(folder)
+    base = logits(module)
+    remove_adapter(add_adapter(module, save_adapter(tmp_path / "head", folder, **KINDS["head"]), "tuned"), "tuned")
+    assert torch.equal(logits(module), base)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("head", "queries"), ("head", "head"), ("head", "tokens"), ("head", "embedding"),
+     ("tokens", "queries"), ("tokens", "head"), ("tokens", "tokens")],
+)  # fmt: skip
+def test_each_adapter_of_a_copy_is_as_it_is_alone(tmp_path: Path, first: str, second: str) -> None:
+    folder = save_base(tmp_path / "base")
+    model = tf.AutoModelForCausalLM.from_pretrained(folder)
+    expected = {None: logits(model)}
+    for place, kind in enumerate((first, second)):
+        settings = KINDS.get(kind, {"target_modules": ["embed_tokens", "q_proj"]})
+        adapter = save_adapter(tmp_path / f"{kind}{place}", folder, seed=place + 1, **settings)
+        alone = peft.PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(folder), adapter)
+        name = f"adapter_{place}"
+        expected[name] = logits(alone.eval())
+        model = add_adapter(model, adapter, name)
+    for name, expected_BTV in expected.items():
+        with switched(model, name) as plain:
+            torch.testing.assert_close(logits(plain), expected_BTV)

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,36 @@ def test_a_document_that_cannot_be_read_leaves_the_others(tmp_path: Path, tokeni
         "the chat template refuses a chat of system, user: no system role here": 1,
         "a message needs role and content as text": 1,
     }
+
+
+def test_half_a_character_leaves_out_its_own_document_alone(tmp_path: Path, tokenizer: Any) -> None:
+    """JSON may hold it, where somebody cut a text at a number of characters; no tokenizer takes it."""
+    texts = load_corpus(text_spec(min_tokens=2), jsonl(tmp_path / "t.jsonl", ["one and \ud83d", "two and three"]), tokenizer)
+    assert (len(texts.sequences), list(texts.left_out.values())) == (1, [1])
+    chats = [turns("hello \udc00", "yes"), turns("hello", "yes")]
+    probe = load_corpus(chat_spec(), jsonl(tmp_path / "c.jsonl", chats, "messages"), tokenizer)
+    assert (len(probe.sequences), list(probe.left_out.values())) == (1, [1])
+
+
+def reading_calls(tokenizer: Any, how: str) -> Any:
+    """The tokenizer with a template that reads the field `calls` of every message."""
+    reading = deepcopy(tokenizer)
+    reading.chat_template = CHATML.replace("messages -%}", "messages -%}" + how)
+    return reading
+
+
+def test_fields_that_a_file_of_columns_leaves_null_are_absent_for_the_template(tmp_path: Path, tokenizer: Any) -> None:
+    reading, plain = reading_calls(tokenizer, "{% if 'calls' in message and message.calls|length %}x{% endif %}"), turns("hello", "yes")
+    pq.write_table(pa.table({"messages": [[{**message, "calls": None} for message in plain]]}), tmp_path / "c.parquet")
+    [sequence] = load_corpus(chat_spec(), tmp_path / "c.parquet", reading).sequences
+    assert sequence.token_T.tolist() == chat(tmp_path, tokenizer, plain).token_T.tolist()
+
+
+def test_a_chat_over_which_the_template_stumbles_is_counted(tmp_path: Path, tokenizer: Any) -> None:
+    reading = reading_calls(tokenizer, "{{ message.calls + '' }}")
+    chats = [[{**message, "calls": calls} for message in turns("hello", "yes")] for calls in ([], "")]
+    probe = load_corpus(chat_spec(), jsonl(tmp_path / "c.jsonl", chats, "messages"), reading)
+    assert (len(probe.sequences), list(probe.left_out.values())) == (1, [1])
 
 
 def test_a_cut_document_keeps_the_tokens_of_the_whole(tmp_path: Path) -> None:

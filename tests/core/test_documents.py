@@ -85,6 +85,13 @@ def test_what_is_wrong_with_a_json_file_is_told(tmp_path: Path, content: str, to
         list(documents(spec(), tmp_path))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
+def test_a_byte_order_mark_is_no_part_of_the_first_document(tmp_path: Path, name: str) -> None:
+    content = "one" if name == "a.txt" else json.dumps({"text": "one"})
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert list(documents(spec(), tmp_path / name)) == ["one"]
+
+
 def test_texts_of_the_entry_itself() -> None:
     own = Corpus(name="own", kind="text", texts=("one", "two", "three"))
     assert list(documents(own, None)) == ["one", "two", "three"]

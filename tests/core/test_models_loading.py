@@ -109,14 +109,14 @@ def test_members_that_fail_leave_the_others_and_the_base_as_they_are(files):
     ("adapter", "error"),
     [
         ({"peft_type": "PROMPT_TUNING"}, NotComputableError),
-        ({"peft_type": "NEWKIND"}, KeyError),
+        ({"peft_type": "NEWKIND"}, ModelLoadError),
         ([], ModelLoadError),
         ({"peft_type": "IA3"}, Exception),
     ],
     ids=["cannot be merged", "unknown kind", "no object", "wrong kind"],
 )
 def test_whatever_an_adapter_raises_it_fails_alone(files, adapter, error):
-    """An error that another library raises, and one that no loading code foresaw, must not take the cohort along."""
+    """An error that another library raises must not take the cohort along."""
     file = files / "a" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | adapter if adapter else adapter))
     registry = registry_of(files, a=lora(files / "a"), b=lora(files / "b"))
@@ -155,6 +155,34 @@ def test_a_load_that_fails_half_way_leaves_nothing_behind(files):
     assert torch.equal(logits_of(cohort.base), logits_of(Subject(build())))
     for pair, folder in zip(cohort, "bc", strict=True):
         assert torch.equal(logits_of(pair.tuned), separately(files, folder))
+
+
+MALFORMED = {
+    "rank pattern that is no mapping": ("a", "adapter_config.json", {"rank_pattern": [1]}),
+    "modules to save that are no list": ("a", "adapter_config.json", {"modules_to_save": 5}),
+    "bias that is no text, so that it is merged": ("a", "adapter_config.json", {"bias": None}),
+    "width that the heads do not divide": ("full", "config.json", {"hidden_size": 30}),
+    "padding token beyond the vocabulary": ("full", "config.json", {"pad_token_id": 999}),
+    "quantisation without its settings": ("full", "config.json", {"quantization_config": {"quant_method": "gptq"}}),
+    "tokenizer of a kind that is not known": ("full", "tokenizer.json", {"model": {"type": "Nope"}}),
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_finetune_whose_files_a_library_stumbles_over_fails_alone(files, monkeypatch, tmp_path, what):
+    monkeypatch.setenv("DIFFING_HOME", str(tmp_path / "home"))
+    shutil.copytree(files / "base", files / "full")
+    name, file, values = MALFORMED[what]
+    place = files / name / file
+    place.write_text(json.dumps(json.loads(place.read_text()) | values))
+    bad = lora(files / name) if name == "a" else full(files / name)
+    registry = registry_of(files, bad=bad, good=lora(files / "b"))
+    cohort = load_cohort(registry.pairs(), registry)
+    assert [(pair.variant, type(error)) for pair, error in cohort.failed.items()] in (
+        [("bad", ModelLoadError)], [("bad", NotComputableError)]
+    )  # fmt: skip
+    [pair] = cohort
+    torch.testing.assert_close(logits_of(pair.tuned), separately(files, "b"))
 
 
 def test_pairs_of_several_bases_are_refused(made):

@@ -71,8 +71,9 @@ def measure(base: Side, tuned: Side, difference_NV: Any, next_N: Any) -> Measure
 
 
 def _dot_with_log_ratio(mixed_NV: Any, base_logprob_NV: Any, *, spare_NV: Any) -> Any:
-    """Σ m ln(p_b/m), [N]; both arrays but the log-probabilities are overwritten."""
-    ratio_NV = torch.sub(base_logprob_NV, log(mixed_NV.clamp_(min=TINY), out=spare_NV), out=spare_NV)
+    """Σ m ln(p_b/m), [N]; `spare_NV` is overwritten. A token that both rule out, by the least number there is, adds 0."""
+    log(torch.clamp(mixed_NV, min=TINY, out=spare_NV), out=spare_NV)
+    ratio_NV = torch.sub(base_logprob_NV, spare_NV, out=spare_NV)
     return dot(mixed_NV, ratio_NV)
 
 

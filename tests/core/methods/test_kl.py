@@ -159,6 +159,16 @@ def test_random_logits_agree_with_float64(scale: float) -> None:
         np.testing.assert_allclose(found[name], expected_N, atol=3e-7, rtol=3e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_both_models_rule_out_change_nothing(dtype: torch.dtype) -> None:
+    base_NV, tuned_NV = (torch.randn(9, 20, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    ruled_out_NV = torch.full((9, 5), torch.finfo(dtype).min, dtype=dtype)
+    plain = measured(block(base_NV, tuned_NV))
+    masked = measured(block(*(torch.cat([side_NV, ruled_out_NV], 1) for side_NV in (base_NV, tuned_NV))))
+    for name, values_N in plain.items():
+        np.testing.assert_allclose(masked[name], values_N, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_bounds_and_symmetry() -> None:
     base_NV, tuned_NV = (30 * torch.randn(500, 20, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     forth = measured(block(base_NV, tuned_NV))
