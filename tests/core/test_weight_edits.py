@@ -16,7 +16,7 @@ from diffing_core.generation import stop_ids
 from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
-from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, uniform, write_edit
+from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, left_out, uniform, write_edit
 from diffing_core.weight_edits import checkpoint_folder as writer
 from diffing_core.weight_edits.changes import edited_tensors, leading
 from diffing_core.weight_edits.folders import NOTE_FILE, write_terms
@@ -583,3 +583,23 @@ def test_rows_that_a_smaller_vocabulary_lacks_stay_the_bases_own(home: Home, tmp
         expected_model = tf.AutoModelForCausalLM.from_pretrained(home.folder("base"))
         expected_model.load_state_dict(loaded(home, folder))
         torch.testing.assert_close(found, logits(expected_model), atol=1e-4, rtol=1e-4)
+
+
+def test_what_the_base_has_no_place_for_is_told(home: Home, tmp_path: Path) -> None:
+    """Rows of a larger vocabulary and whole tensors; what a weight of 0 takes away anyway is not missed."""
+    tuned = tf.AutoModelForCausalLM.from_pretrained(home.folder("full"))
+    tuned.resize_token_embeddings(66)
+    tuned.save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.1.mlp.router.weight": torch.ones(2, 3)}, file, metadata={"format": "pt"})
+    edit = WeightEdit(name="more", adapters=(AdapterEdit(path=tmp_path / "tuned", layer_amplifications=uniform(2.0)),))
+    folder = write_edit(edit, "tiny", home.registry, tmp_path)
+    note = json.loads((folder / NOTE_FILE).read_text())
+    assert note["left_out"] == [
+        "layers.1.mlp.router.weight: the whole tensor [2, 3]",
+        "embed_tokens.weight: rows 64 to 65",
+        "lm_head.weight: rows 64 to 65",
+    ]
+    assert len(loaded(home, folder)["model.embed_tokens.weight"]) == 64
+    pair = WeightPair.of_folders(home.folder("base"), tmp_path / "tuned")
+    assert left_out([Term(pair, uniform(0.0))]) == left_out([Term(home.pair("full"))]) == []
