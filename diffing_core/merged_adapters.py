@@ -67,6 +67,8 @@ def _check_mergeable(folder: Path) -> None:
             f"adapter {folder} is an activated LoRA: it acts only behind its invocation tokens, so no weights are the tuned "
             "model's; to compare what it does where it acts, take alora_invocation_tokens out of a copy's adapter_config.json"
         )
+    if getattr(config, "layer_replication", None):
+        raise NotComputableError(f"adapter {folder} repeats blocks of the base (layer_replication): its blocks are no longer the base's")
     if start.startswith(_STARTS_FROM_DATA):
         raise NotComputableError(
             f"adapter {folder} was begun with {start}, which also changed the base, by data or codes that its folder "
