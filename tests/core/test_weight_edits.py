@@ -1,6 +1,7 @@
 """Edited weights on disk and in memory, against dense arithmetic and stock PEFT."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -340,6 +341,26 @@ def test_merges_of_edited_changes_are_what_peft_makes_of_each_written_alone(
         u, s, vh = torch.linalg.svd(sum(loaded(home, folder)[key] - base for folder in alone).double())
         truth = ((u[:, :2] * s[:2]) @ vh[:2]).float()
         torch.testing.assert_close(found[key] - base, truth, atol=1e-4, rtol=1e-3)
+
+
+def test_a_merge_with_a_change_of_what_is_no_module_is_refused_and_not_made_without_it(home: Home, tmp_path: Path, again: Path) -> None:
+    """PEFT itself warns of the factors that it has no place for and merges the others."""
+    root = tmp_path / "registry"
+    shutil.copytree(home.root, root)
+    base = root / "base" / "model.safetensors"
+    save_file(load_file(base) | {"model.layers.1.mlp.router.weight": torch.ones(8, 6)}, base, metadata={"format": "pt"})
+    entry = root / "models" / "tiny.yaml"
+    entry.write_text(entry.read_text().replace(str(home.root), str(root)))
+    stem = "base_model.model.model.layers.1.mlp.router"
+    factors = {f"{stem}.lora_A.weight": torch.ones(2, 6), f"{stem}.lora_B.weight": torch.ones(8, 2)}
+    file = again / "adapter_model.safetensors"
+    save_file(load_file(file) | factors, file, metadata={"format": "pt"})
+    other = AdapterEdit(path=again, layer_amplifications=uniform(1.0))
+    edit = WeightEdit(name="merge", adapters=(*spec(one=1.0).adapters, other), combine="ties", density=0.5)
+    with pytest.raises(NotComputableError, match="layers.1.mlp.router.weight is the weight of no linear layer.*combine: sum"):
+        write_edit(edit, "tiny", Registry.load(root), tmp_path / "out")
+    summed = write_edit(edit.model_copy(update={"combine": "sum", "density": None}), "tiny", Registry.load(root), tmp_path / "out")
+    assert (summed / "model.safetensors").exists()
 
 
 def test_a_sum_is_pefts_concatenation(home: Home, tmp_path: Path) -> None:
