@@ -8,7 +8,9 @@ from diffing_core.lazy import torch
 from diffing_core.registry import Model
 from diffing_core.safetensor_files import weight_files
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tokenizer_config.json",
+)  # fmt: skip
 
 
 def load_module(folder: Path, entry: Model, dtype: str, device: Any, *, remote_code: bool = False) -> Any:
@@ -67,6 +69,8 @@ def load_tokenizer(folder: Path, entry: Model, *, remote_code: bool = False) -> 
     from transformers import AutoTokenizer
 
     try:
+        if not has_tokenizer(folder):  # of some classes transformers would make an empty one
+            raise OSError(f"it holds none of {', '.join(_TOKENIZER_FILES)}")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(
