@@ -1,13 +1,13 @@
-"""Crosscoder: training against dictionary-learning's own step; the reading pass with Latent Scaling against encoding alone.
+"""Crosscoder: training against dictionary-learning's own loop; the reading pass with Latent Scaling against encoding alone.
 
 dictionary-learning 0.1.0 has no crosscoder; its BatchTopK autoencoder on both models' activations side by side has the
-same products. Both get the same tensors in memory. Its `trainSAE` needs packages that it does not install, so its
-trainer's `update` is called as `trainSAE` calls it.
+same products. Both get the same tensors in memory.
 """
 
 from typing import Any
 
 from benchmarks.figure import Figure, cpu_s, in_turn
+from benchmarks.sae import train_sae
 
 WIDTH = 256
 LATENTS, K = 32 * WIDTH, WIDTH // 16  # as the settings have it for enough text
@@ -18,31 +18,47 @@ ROWS = 4096  # of the batch on which the loop is timed
 LOOPED = 32  # latents of which the loop is timed
 
 
-def crosscoder_training(n_steps: int = 2) -> list[Figure]:
-    """Tokens per second and processor, ours over theirs: same rows, width, latents and k."""
-    import torch
-    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+def crosscoder_training(n_steps: int = 4) -> list[Figure]:
+    """Our loop over `trainSAE`, tokens per second and processor: same rows in memory, width, latents, k and steps.
 
-    from diffing_core.methods.crosscoder.training import Plan, Training
+    Both are whole trainings with their beginning: random weights here, there a geometric median of the first batch as well.
+    """
+    import torch
+
+    from diffing_core.methods.crosscoder.training import Plan, Training, train
 
     batches = [_activations(BATCH_ROWS, seed) for seed in range(n_steps)]
-    ours = Training(_start(), Plan(steps=10**6, learning_rate=1e-4, k=K), (WIDTH, WIDTH))
-    theirs = BatchTopKTrainer(
-        steps=10**6, activation_dim=2 * WIDTH, dict_size=LATENTS, k=K, layer=0, lm_name="", device="cpu", seed=0,
-        warmup_steps=1, threshold_start_step=1,
-    )  # fmt: skip
     together = [torch.cat(pair, dim=1) for pair in batches]
+    plan = Plan(steps=n_steps, learning_rate=1e-4, k=K)
     taken = in_turn(
         {
-            "ours (s)": lambda: [ours.step(pair) for pair in batches],
-            "dictionary-learning (s)": lambda: [theirs.update(5 + step, both_ND) for step, both_ND in enumerate(together)],
+            "ours (s)": lambda: train(Training(_start(), plan, (WIDTH, WIDTH)), lambda _: iter(batches), lambda *_: None),
+            "trainSAE (s)": lambda: _trained_by_their_loop(together),
         },
         3,
         cpu_s,
     )
     parts = taken | {"tokens per s": n_steps * BATCH_ROWS / taken["ours (s)"]}
-    ratio = taken["dictionary-learning (s)"] / taken["ours (s)"]
-    return [Figure("crosscoder_training_speedup", ratio, "×", 1, "higher", parts)]
+    return [Figure("crosscoder_training_speedup", taken["trainSAE (s)"] / taken["ours (s)"], "×", 1, "higher", parts)]
+
+
+def _trained_by_their_loop(batches: list[Any]) -> None:
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+
+    configuration = {
+        "trainer": BatchTopKTrainer,
+        "steps": len(batches),
+        "activation_dim": 2 * WIDTH,
+        "dict_size": LATENTS,
+        "k": K,
+        "layer": 0,
+        "lm_name": "",
+        "warmup_steps": 1,
+        "threshold_start_step": 1,
+        "seed": 0,
+        "device": "cpu",
+    }
+    train_sae()(iter(batches), [configuration], len(batches), device="cpu")
 
 
 def latent_scaling() -> list[Figure]:

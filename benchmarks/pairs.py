@@ -72,26 +72,34 @@ class Decoder:
 
 
 def bare_forwards(pair: ModelPair, batches: Iterable[TokenBatch]) -> None:
-    """The floor: both models' plain forwards as Hugging Face and PEFT run them, logits included and thrown away."""
+    """The floor: both models' plain forwards as Hugging Face and PEFT run them, logits included and thrown away.
+
+    Within `stock_peft`, whose adapter is on.
+    """
     import torch
 
-    with torch.inference_mode(), _stock_peft(pair.tuned.module):
+    model = pair.tuned.module.get_base_model()
+    with torch.inference_mode():
         for batch in batches:
             token_BT, mask_BT = (torch.from_numpy(each).to(pair.base.device) for each in (batch.token_BT, batch.mask_BT))
-            for side in (pair.base, pair.tuned):
-                with side.active() as model:
-                    model(input_ids=token_BT, attention_mask=mask_BT, use_cache=False)
+            with pair.tuned.module.disable_adapter():
+                model(input_ids=token_BT, attention_mask=mask_BT, use_cache=False)
+            model(input_ids=token_BT, attention_mask=mask_BT, use_cache=False)
 
 
 @contextmanager
-def _stock_peft(module: Any) -> Iterator[None]:
-    """PEFT's own forward of LoRA layers while it lasts: the floor is what a user would run without us."""
-    layers = [layer for layer in module.modules() if getattr(layer, "lora_variant", None)]
+def stock_peft(pair: ModelPair) -> Iterator[None]:
+    """The finetune as PEFT loads it while it lasts: its adapter on, LoRA layers with PEFT's own forward.
+
+    The floor is what a user would run without us.
+    """
+    layers = [layer for layer in pair.tuned.module.modules() if getattr(layer, "lora_variant", None)]
     ours = [dict(layer.lora_variant) for layer in layers]
     for layer in layers:
         layer.lora_variant.clear()
     try:
-        yield
+        with pair.tuned.active():
+            yield
     finally:
         for layer, variants in zip(layers, ours, strict=True):
             layer.lora_variant.update(variants)
@@ -111,5 +119,6 @@ class WithFloor(ProbeCorpus):
     def batches(self, token_budget: int) -> Iterator[TokenBatch]:
         """The corpus's batches."""
         for batch in super().batches(token_budget):
-            self.floor_s.append(self.clock(lambda: bare_forwards(self.pair, [batch])))  # noqa: B023 - called at once
+            with stock_peft(self.pair):
+                self.floor_s.append(self.clock(lambda: bare_forwards(self.pair, [batch])))  # noqa: B023 - called at once
             yield batch

@@ -79,10 +79,10 @@ def _theirs(material: Material, plan: Plan, scaling: Scaling) -> None:
         "seed": plan.seed,
         "device": "cpu",
     }
-    _train_sae()(batches(), [configuration], plan.steps, device="cpu")
+    train_sae()(batches(), [configuration], plan.steps, device="cpu")
 
 
-def _train_sae() -> Any:
+def train_sae() -> Any:
     """Their loop; its module imports wandb, which it only calls when told to log there, so an empty module will do."""
     sys.modules.setdefault("wandb", ModuleType("wandb"))
     from dictionary_learning.training import trainSAE

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.figure import Clock, Figure, cpu_s, in_turn, own_peak_mb
-from benchmarks.pairs import WithFloor, bare_forwards, cohort, corpus
+from benchmarks.pairs import WithFloor, bare_forwards, cohort, corpus, stock_peft
 from diffing_core.corpus import ProbeCorpus
 from diffing_core.methods import all_methods
 from diffing_core.models import ModelPair
@@ -45,7 +45,8 @@ def over_floor(
     Both run once before, on a few tokens: what a process imports once belongs to neither.
     """
     plain = corpus(n_tokens, vocabulary=pair.common_vocab)
-    bare_forwards(pair, itertools.islice(plain.batches(TOKENS_PER_BATCH), 1))
+    with stock_peft(pair):
+        bare_forwards(pair, itertools.islice(plain.batches(TOKENS_PER_BATCH), 1))
     passed([pair], corpus(WARM_UP_TOKENS, vocabulary=pair.common_vocab), names)
     probe = WithFloor(plain.name, plain.sequences, plain.n_documents, pair=pair, clock=clock)
     results: list[MethodResult] = []
@@ -96,7 +97,7 @@ def family(n_tokens: int = 49152) -> list[Figure]:
     return [Figure("stream_family_over_two_forwards", ratio, "×", 1.10, "lower", parts)]
 
 
-def cohort_of_eight(n_tokens: int = 1024) -> list[Figure]:
+def cohort_of_eight(n_tokens: int = TOKENS_PER_BATCH) -> list[Figure]:
     """Eight adapters in one pass against eight passes of one adapter each: kl and norm_diff, all layers."""
     pairs = cohort(8, **LARGER)
     probe = corpus(n_tokens, vocabulary=VOCABULARY)

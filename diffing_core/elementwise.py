@@ -16,13 +16,12 @@ def exp(value: Any) -> Any:
     return torch.from_numpy(np.exp(value.numpy())) if _on_processor(value) else value.exp()
 
 
-def log_(value: Any) -> Any:
-    """Puts ln x in the place of every element."""
+def log(value: Any, *, out: Any) -> Any:
+    """ln x of every element, put in `out`."""
     if not _on_processor(value):
-        return value.log_()
-    array = value.numpy()
-    np.log(array, out=array)
-    return value
+        return torch.log(value, out=out)
+    np.log(value.numpy(), out=out.numpy())
+    return out
 
 
 def argmax(value_NV: Any) -> Any:
@@ -33,6 +32,13 @@ def argmax(value_NV: Any) -> Any:
 def argmin(value_NV: Any) -> Any:
     """Index of the smallest value of each row, int64 [N]; the first of equal ones."""
     return torch.from_numpy(value_NV.numpy().argmin(-1)) if _on_processor(value_NV) else value_NV.argmin(-1)
+
+
+def dot(one_NV: Any, other_NV: Any) -> Any:
+    """Dot products of rows, float32 [N]. On a processor nothing of shape [N, V] is made."""
+    if not _on_processor(one_NV):
+        return torch.linalg.vecdot(one_NV, other_NV)
+    return torch.from_numpy(np.vecdot(one_NV.numpy(), other_NV.numpy()))
 
 
 def _on_processor(value: Any) -> bool:

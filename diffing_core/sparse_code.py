@@ -13,6 +13,8 @@ import numpy as np
 
 from diffing_core.lazy import torch
 
+SAMPLED_EVERY = 61  # scores; a prime, so that a sample has all latents in it
+
 
 @dataclass(frozen=True)
 class SparseCode:
@@ -84,6 +86,37 @@ class SparseCode:
         start_F1 = torch.zeros(self.n_latents + 1, dtype=torch.int64, device=order_A.device)
         start_F1[1:] = torch.bincount(self.latent_A, minlength=self.n_latents).cumsum(0)
         return start_F1, self.row_A[order_A], self.value_A[order_A]
+
+
+def mask_of_largest(score_NF: Any, n_kept: int) -> Any:
+    """1.0 at the largest scores of all, exactly so many even among equals, else 0.0."""
+    score_X = score_NF.reshape(-1)
+    if score_X.device.type == "cpu":
+        kept = torch.from_numpy(_largest(score_X.numpy(), n_kept))
+    else:
+        kept = score_X.topk(n_kept, sorted=False).indices
+    return torch.zeros_like(score_X).index_fill_(0, kept, 1.0).view_as(score_NF)
+
+
+def _largest(score_X: np.ndarray, n_kept: int) -> np.ndarray:
+    """Places of the largest, on a processor.
+
+    Selection branches at every value, and on scores it has not met it guesses wrongly: 190 ms (torch) and 750 ms (NumPy) for
+    2048 × 8192. So a sample says what is surely too small, and a selection among the rest takes a tenth of that.
+    """
+    sample_Y = score_X[::SAMPLED_EVERY]
+    n_above = 2 * n_kept // SAMPLED_EVERY + 10
+    if n_above < len(sample_Y):
+        bound = np.partition(sample_Y, len(sample_Y) - n_above)[len(sample_Y) - n_above]
+        likely = np.flatnonzero(score_X > bound)
+        if len(likely) >= n_kept:
+            return likely[_last(score_X[likely], n_kept)]
+    return _last(score_X, n_kept)
+
+
+def _last(score_X: np.ndarray, n_kept: int) -> np.ndarray:
+    first = len(score_X) - n_kept
+    return np.argpartition(score_X, first)[first:] if first else np.arange(n_kept)
 
 
 def _csr(start_R1: Any, column_A: Any, value_A: Any, n_columns: int) -> Any:

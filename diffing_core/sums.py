@@ -66,7 +66,8 @@ class Grouping:
     def vector_sums(self, vector_ND: Any) -> Any:
         """Sums of torch vectors over each group, [P, D] where they lie: one product, in the same order on any device."""
         member_PM, row_M, _ = self._on(vector_ND.device)
-        return member_PM.to(vector_ND.dtype) @ vector_ND[row_M]
+        every_row = len(self._rows) == len(vector_ND) and bool((np.diff(self._rows) == 1).all())
+        return member_PM.to(vector_ND.dtype) @ (vector_ND if every_row else vector_ND[row_M])
 
     def add_to(self, sums_GD: Any, vector_ND: Any) -> None:
         """Adds the sums over each group to its row of `sums_GD`."""

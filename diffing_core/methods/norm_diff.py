@@ -2,7 +2,7 @@
 
     norm            = ‖δ‖₂                     subtracted in float32, never in the models' bf16
     relative_norm   = ‖δ‖₂ / ‖h_base‖₂
-    cosine_distance = 1 − cos(h_base, h_tuned)  from ‖ĥ_tuned − ĥ_base‖²/2, exactly 0 for equal vectors
+    cosine_distance = 1 − cos(h_base, h_tuned)  = (‖δ‖² − (‖h_tuned‖ − ‖h_base‖)²) / (2 ‖h_base‖ ‖h_tuned‖); 0 where one is zero
 
 Their distributions per layer (with those of ‖h_base‖ and ‖h_tuned‖), means by place, the tokens and the
 sequences that moved most, and mean vectors δ̄ over all tokens, at the first positions and at each token of
@@ -20,6 +20,7 @@ from pydantic import Field
 from diffing_core.blocks import StreamContext, TokenBlock
 from diffing_core.corpus import ROLES, ProbeCorpus
 from diffing_core.distributions import Distributions
+from diffing_core.elementwise import dot
 from diffing_core.examples import TopExamples, examples_spec
 from diffing_core.figures import Figure
 from diffing_core.findings import Finding
@@ -321,11 +322,16 @@ def common_template_tokens(corpus: ProbeCorpus, limit: int) -> np.ndarray:
 
 
 def movement(base_ND: Any, tuned_ND: Any, delta_ND: Any) -> Any:
-    """The five statistics per token, float32 [S, N], from residuals in float32 and δ, their difference."""
+    """The five statistics per token, float32 [S, N], from residuals in float32 and δ, their difference.
+
+    ‖h_tuned‖ − ‖h_base‖ is taken from δ: of the two norms themselves a small δ would leave rounding only.
+    """
     base_norm_N, tuned_norm_N, norm_N = (states_ND.norm(dim=-1) for states_ND in (base_ND, tuned_ND, delta_ND))
-    base_size_N, tuned_size_N = base_norm_N.clamp(min=TINY), tuned_norm_N.clamp(min=TINY)
-    turn_N = (tuned_ND / tuned_size_N[:, None]).addcdiv_(base_ND, base_size_N[:, None], value=-1).norm(dim=-1)
-    return torch.stack([norm_N, norm_N / base_size_N, turn_N.square() / 2, base_norm_N, tuned_norm_N])
+    base_size_N, tuned_size_N, square_N = base_norm_N.clamp(min=TINY), tuned_norm_N.clamp(min=TINY), norm_N.square()
+    gap_N = (2 * dot(delta_ND, base_ND) + square_N) / (base_size_N + tuned_size_N)
+    turned_N = (square_N - gap_N.square()) / (2 * base_size_N * tuned_size_N)
+    distance_N = turned_N.clamp(0, 2) * (base_norm_N * tuned_norm_N > 0)
+    return torch.stack([norm_N, norm_N / base_size_N, distance_N, base_norm_N, tuned_norm_N])
 
 
 def findings(tables: Tables, settings: NormDiffSettings) -> list[Finding]:
@@ -368,7 +374,7 @@ def _stacked(parts: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 METHOD = Method(
     name="norm_diff",
-    version="2",
+    version="3",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=NormDiffSettings,

@@ -117,16 +117,20 @@ class ReadableTracesFold:
         chosen, labelled = np.flatnonzero(slot_N >= 0), np.flatnonzero((slot_N >= 0) & (number_N > 0))
         if not len(chosen):
             return
-        rows = np.concatenate([chosen, labelled])
-        group_M = slot_N[rows] * len(self._labels)
-        group_M[len(chosen) :] += number_N[labelled]
-        grouping = Grouping(group_M, rows)
-        sums_LPD = torch.stack([grouping.vector_sums(block.difference(layer)) for layer in self._read_layers])
-        norm_LN = torch.stack([block.base.residual(layer).float().norm(dim=-1) for layer in self._read_layers])
+        group_N = slot_N * len(self._labels)
+        parts = [Grouping(group_N[chosen], chosen)]
+        if len(labelled):
+            parts.append(Grouping((group_N + number_N)[labelled], labelled))
+        groups = np.concatenate([part.groups for part in parts])
         n_layers = len(self._read_layers)
-        self._delta_LSGD.reshape(n_layers, -1, self._context.d_model)[:, grouping.groups] += sums_LPD.cpu().numpy()
-        self._base_norm_LSG.reshape(n_layers, -1)[:, grouping.groups] += grouping.sums(norm_LN.cpu().numpy())
-        self._count_SG.reshape(-1)[grouping.groups] += grouping.counts
+        delta_LGD = self._delta_LSGD.reshape(n_layers, -1, self._context.d_model)
+        base_norm_LG = self._base_norm_LSG.reshape(n_layers, -1)
+        for place, layer in enumerate(self._read_layers):
+            delta_ND = block.difference(layer)
+            delta_LGD[place, groups] += torch.cat([part.vector_sums(delta_ND) for part in parts]).cpu().numpy()
+        norm_LN = torch.stack([block.base.residual(layer).float().norm(dim=-1) for layer in self._read_layers]).cpu().numpy()
+        base_norm_LG[:, groups] += np.concatenate([part.sums(norm_LN) for part in parts], axis=1)
+        self._count_SG.reshape(-1)[groups] += np.concatenate([part.counts for part in parts])
 
     def finish(self) -> Tables:
         """The table; labels that no sampled text has are left out."""
@@ -263,7 +267,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="readable_traces",
-    version="2",
+    version="3",
     kind="stream",
     needs=frozenset({Need.RESIDUALS}),
     settings=ReadableTracesSettings,

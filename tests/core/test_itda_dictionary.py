@@ -1,7 +1,7 @@
 """Dictionaries of real tokens: what becomes an atom, when a dictionary is full, and what a second model adds to it."""
 
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from diffing_core.methods.itda.new_atoms import weights
 from diffing_core.methods.itda.settings import Ranking
 from diffing_core.pursuit import Pursuit
 
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 PLAIN, ORTHOGONAL = (Pursuit(6, orthogonal, non_negative=True) for orthogonal in (False, True))
 
 
@@ -24,23 +25,25 @@ class Toy(NamedTuple):
     planted_NF: np.ndarray
 
 
-# The text of peers.md §2.13 leaves out how many directions a token has and how strong they are. With two of strengths 0.5 to
-# 1.5 the base saturates at about 750 atoms (plain) and 460 (orthogonal), where the reference had 1,120 to 1,234 and 352 to 438:
-# its world is another one, so its figures bound the kind of result, not its last digit.
+# The text of peers.md §2.13 leaves out how many directions a token has and how strong they are. Of some forty worlds (2 to 5
+# directions or each by chance; equal, uniform, half-normal and exponential strengths; three levels of noise) this one has
+# the reference's dictionaries: one plain pass finds 923 to 1,000 atoms (there 922 to 1,038), 1,006 to 1,146 when saturated (1,120
+# to 1,234), an orthogonal one 433 to 467 (352 to 438); FVU with plain atoms 0.048 (0.055 to 0.063), coded orthogonally 0.028
+# (0.027 to 0.030).
 
 
 @cache
 def toy(seed: int, frequency: float, n_tokens: int = 5120, width: int = 48) -> Toy:
-    """peers.md §2.13: each token is two of 40 directions and noise; the tuned model has four more, now and then."""
+    """peers.md §2.13: each token is four of 40 directions and noise; the tuned model has four more, now and then."""
     draw = np.random.default_rng(seed)
     direction_FD = draw.normal(size=(44, width))
     direction_FD /= np.linalg.norm(direction_FD, axis=1, keepdims=True)
     shared_NF = np.zeros((n_tokens, 40))
-    active_NF = draw.random(shared_NF.shape).argsort(1)[:, :2]
-    np.put_along_axis(shared_NF, active_NF, draw.uniform(0.5, 1.5, active_NF.shape), 1)
+    active_NF = draw.random(shared_NF.shape).argsort(1)[:, :4]
+    np.put_along_axis(shared_NF, active_NF, 3 * np.abs(draw.normal(size=active_NF.shape)), 1)
     planted_NF = draw.random((n_tokens, 4)) < frequency
     base_ND = shared_NF @ direction_FD[:40] + 0.02 * draw.normal(size=(n_tokens, width))
-    tuned_ND = base_ND + (planted_NF * draw.uniform(0.5, 1.5, planted_NF.shape)) @ direction_FD[40:]
+    tuned_ND = base_ND + (planted_NF * 3 * np.abs(draw.normal(size=planted_NF.shape))) @ direction_FD[40:]
     return Toy(*(torch.from_numpy(each).float() for each in (base_ND, tuned_ND)), direction_FD, planted_NF)
 
 
@@ -53,6 +56,14 @@ def built(seed: int, frequency: float, pursuit: Pursuit) -> Staged:
 def cosine_with_planted(atom_AD: torch.Tensor, made: Toy) -> np.ndarray:
     """|cos| of atoms with the four planted directions, [A, 4]."""
     return np.abs(atom_AD.numpy() @ made.direction_FD[40:].T)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_toy_takes_as_many_atoms_as_the_references(seed: int) -> None:
+    """922 to 1,038 plain and 352 to 438 orthogonal in one pass there; its saturated plain ones 1,120 to 1,234."""
+    plain, orthogonal = (built(seed, 0.05, pursuit) for pursuit in (PLAIN, ORTHOGONAL))
+    assert 900 < plain.n_after_pass[0] < 1050 and 1000 < plain.n_base < 1250
+    assert 350 < orthogonal.n_after_pass[0] < 480
 
 
 CASES = [(seed, frequency, pursuit) for pursuit, seeds in ((PLAIN, (0, 1, 2)), (ORTHOGONAL, (0,))) for seed in seeds for frequency in (0.05, 0.005)]
@@ -70,20 +81,6 @@ def test_new_atoms_sit_on_tokens_with_a_planted_feature(seed: int, frequency: fl
     assert len(found.null_token_I) == 0
 
 
-@pytest.mark.parametrize(("frequency", "least"), [(0.05, 0.72), (0.005, 0.65)])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_leading_new_atoms_point_at_the_planted_directions_and_published_ones_do_not(seed: int, frequency: float, least: float) -> None:
-    """Mean cosine of the top 8: reference 0.72 to 0.85 and 0.65 to 0.78; 0.39 at most by the ordering of base atoms."""
-    found, made = built(seed, frequency, PLAIN), toy(seed, frequency)
-    code_NI = Pursuit(6, non_negative=True).encode(unit(made.tuned_ND), found.whole.atom_ID).dense(len(found.whole))
-    energy_A = (code_NI * made.tuned_ND.norm(dim=1, keepdim=True)).square().mean(0)[found.new_I]
-    top = found.whole.atom_ID[found.new_I][energy_A.argsort(descending=True)[:8]]
-    assert cosine_with_planted(top, made).max(1).mean() >= least
-    base_I, tuned_I = (PLAIN.encode(unit(each), found.base.atom_ID).dense(found.n_base).mean(0) for each in (made.base_ND, made.tuned_ND))
-    published = found.base.atom_ID[(tuned_I - base_I).abs().argsort(descending=True)[:8]]
-    assert cosine_with_planted(published, made).max(1).mean() < 0.45
-
-
 def top_cosine(seed: int, frequency: float, pursuit: Pursuit, ranked_by: Ranking) -> float:
     """Mean cosine with the planted set of the eight new atoms that lead, encoded as they were built."""
     found, made = built(seed, frequency, pursuit), toy(seed, frequency)
@@ -95,23 +92,29 @@ def top_cosine(seed: int, frequency: float, pursuit: Pursuit, ranked_by: Ranking
     return float(cosine_with_planted(found.whole.atom_ID[found.new_I[order[:8]]], made).max(1).mean())
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_added_energy_finds_rare_planted_directions_where_energy_finds_what_base_uses_too(seed: int) -> None:
-    """Orthogonal pursuit at 0.5 %: reference 0.74 to 0.76 by usage × energy; here 0.71 to 0.73 by added energy, 0.60 to 0.62 by energy.
+TOP = [(PLAIN, 0.05, 0.72), (PLAIN, 0.005, 0.65), (ORTHOGONAL, 0.05, 0.80), (ORTHOGONAL, 0.005, 0.72)]
 
-    An atom is a whole token: beside the planted direction it has two that base tokens have too, and in the orthogonal
-    code base tokens use it for those. What they use is taken off.
+
+@pytest.mark.parametrize(("pursuit", "frequency", "least"), TOP)
+def test_new_atoms_that_lead_by_added_energy_point_at_the_planted_directions(pursuit: Pursuit, frequency: float, least: float) -> None:
+    """Mean over three seeds; reference 0.72 to 0.85 and 0.65 to 0.78 (plain), 0.80 to 0.81 and 0.74 to 0.76 (orthogonal).
+
+    An atom is a whole token: beside the planted direction it has four that base tokens have too, and they use it for those.
+    What they use is taken off; by energy alone the means are 0.84, 0.57, 0.72 and 0.56 (0.87, 0.73, 0.84 and 0.73 here).
     """
-    added, energy = (top_cosine(seed, 0.005, ORTHOGONAL, each) for each in ("added_energy", "energy"))
-    assert added >= 0.70
-    assert added > energy + 0.05
+    cosines = {ranked_by: np.mean([top_cosine(seed, frequency, pursuit, ranked_by) for seed in range(3)]) for ranked_by in RANKINGS}
+    assert cosines["added_energy"] >= least
+    assert cosines["added_energy"] > cosines["energy"]
 
 
-@pytest.mark.parametrize(("pursuit", "frequency", "least"), [(PLAIN, 0.05, 0.72), (PLAIN, 0.005, 0.65), (ORTHOGONAL, 0.05, 0.75)])
+@pytest.mark.parametrize("frequency", [0.05, 0.005])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_added_energy_is_no_worse_elsewhere(seed: int, pursuit: Pursuit, frequency: float, least: float) -> None:
-    """Reference: 0.72 to 0.85 and 0.65 to 0.78 (plain), 0.80 to 0.81 (orthogonal, frequent: 0.77 to 0.81 here by either weight)."""
-    assert top_cosine(seed, frequency, pursuit, "added_energy") >= least
+def test_the_published_ordering_does_not_point_at_the_planted_directions(seed: int, frequency: float) -> None:
+    """It orders atoms of the base, which has none of them: 0.34 to 0.39 and 0.20 to 0.26 in the reference."""
+    found, made = built(seed, frequency, PLAIN), toy(seed, frequency)
+    base_I, tuned_I = (PLAIN.encode(unit(each), found.base.atom_ID).dense(found.n_base).mean(0) for each in (made.base_ND, made.tuned_ND))
+    published = found.base.atom_ID[(tuned_I - base_I).abs().argsort(descending=True)[:8]]
+    assert cosine_with_planted(published, made).max(1).mean() < 0.39
 
 
 def test_without_saturation_another_base_pass_adds_much() -> None:

@@ -46,7 +46,7 @@ def headline(tables: Tables) -> dict[str, float | int | str]:
 
 METHOD = Method(
     name="kl",
-    version="4",
+    version="5",
     kind="stream",
     needs=frozenset({Need.LOGPROBS}),
     settings=KlSettings,

@@ -5,11 +5,11 @@ new array of this size costs more than the arithmetic done on it.
 """
 
 from dataclasses import dataclass
-from math import log
+from math import log as ln
 from typing import Any
 
 from diffing_core.blocks import Side
-from diffing_core.elementwise import argmax, argmin, log_
+from diffing_core.elementwise import argmax, argmin, dot, log
 from diffing_core.lazy import torch
 
 TINY = 1e-38
@@ -35,11 +35,11 @@ class Measures:
 def measure(base: Side, tuned: Side, difference_NV: Any, next_N: Any) -> Measures:
     """Divergences of the two sides' final predictions.
 
-    KL and reverse KL are sums of p ln(p/q) − p + q, whose terms are never negative: float32 probabilities of a large
-    vocabulary add up to 1 only within some 1e-5, which would hide a small divergence. JS makes the same correction to
-    its sum. Exactly zero for equal inputs: rounding may put a sum of a non-negative quantity a hair below zero, and JS
-    above a quarter of the symmetrised KL, which bounds it (Lin 1991, theorem 3). Entropies are as inexact as the
-    probabilities, within some 1e-5 of their values.
+    KL and reverse KL are sums of p ln(p/q) − p + q: float32 probabilities of a large vocabulary add up to 1 only within
+    some 1e-5, which would hide a small divergence. JS is the sum of both sides' p ln(p/m) with m = (p_b + p_t) / 2.
+    Exactly zero for equal inputs: rounding may put a sum of a non-negative quantity a hair below zero, and JS
+    above ln 2 or a quarter of the symmetrised KL, which bound it (Lin 1991, theorem 3); it is as exact as half the KL.
+    Entropies are as inexact as the probabilities, within some 1e-5 of their values.
 
     Args:
         difference_NV: log p_tuned − log p_base.
@@ -55,32 +55,25 @@ def measure(base: Side, tuned: Side, difference_NV: Any, next_N: Any) -> Measure
         "gained_nats": _at(term_NV, gained_N).clamp(min=0),
         "lost_nats": _at(term_NV, lost_N).clamp(max=0),
     }
-    moved_NV = p_tuned_NV - p_base_NV
-    token["kl_nats"] = term_NV.sub_(moved_NV).sum(-1).clamp(min=0)
-    reverse_NV = torch.mul(p_base_NV, difference_NV, out=term_NV).sub_(moved_NV)
-    token["reverse_kl_nats"] = -reverse_NV.sum(-1).clamp(max=0)
+    term_N = term_NV.sum(-1)
+    moved_NV = torch.sub(p_tuned_NV, p_base_NV, out=term_NV)
+    excess_N = moved_NV.sum(-1)
+    mixed_NV = torch.add(p_base_NV, moved_NV, alpha=0.5)
+    token["kl_nats"] = (term_N - excess_N).clamp(min=0)
+    token["reverse_kl_nats"] = (excess_N - dot(p_base_NV, difference_NV)).clamp(min=0)
     token["total_variation"] = moved_NV.abs_().sum(-1) / 2
-    token |= _mixed(base, tuned, spare_NV=(term_NV, moved_NV))
-    token["js_nats"] = token["js_nats"].minimum((token["kl_nats"] + token["reverse_kl_nats"]) / 4)
+    token["base_entropy_nats"] = -dot(p_base_NV, base.logprobs())
+    token["tuned_entropy_nats"] = -dot(p_tuned_NV, tuned.logprobs())
+    bound_N = (token["kl_nats"] + token["reverse_kl_nats"]) / 4
+    js_N = term_N / 2 + _dot_with_log_ratio(mixed_NV, base.logprobs(), spare_NV=term_NV)
+    token["js_nats"] = js_N.clamp(min=0, max=ln(2)).minimum(bound_N)
     return Measures(token, favoured, vocabulary)
 
 
-def _mixed(base: Side, tuned: Side, *, spare_NV: tuple[Any, Any]) -> dict[str, Any]:
-    """Entropies, and JS = ½ Σ (p_b ln p_b + p_t ln p_t − s ln s + s ln 2) with s = p_b + p_t; `spare_NV` is overwritten."""
-    both_NV, other_NV = spare_NV
-    excess_NV = base.probability_NV * base.logprobs()
-    base_entropy_N = -excess_NV.sum(-1)
-    torch.mul(tuned.probability_NV, tuned.logprobs(), out=other_NV)
-    tuned_entropy_N = -other_NV.sum(-1)
-    excess_NV += other_NV
-    torch.add(base.probability_NV, tuned.probability_NV, out=both_NV)
-    log_(torch.clamp(both_NV, min=TINY, out=other_NV))
-    excess_NV.addcmul_(both_NV, other_NV, value=-1)
-    return {
-        "base_entropy_nats": base_entropy_N,
-        "tuned_entropy_nats": tuned_entropy_N,
-        "js_nats": ((excess_NV.sum(-1) + log(2) * both_NV.sum(-1)) / 2).clamp(min=0),
-    }
+def _dot_with_log_ratio(mixed_NV: Any, base_logprob_NV: Any, *, spare_NV: Any) -> Any:
+    """Σ m ln(p_b/m), [N]; both arrays but the log-probabilities are overwritten."""
+    ratio_NV = torch.sub(base_logprob_NV, log(mixed_NV.clamp_(min=TINY), out=spare_NV), out=spare_NV)
+    return dot(mixed_NV, ratio_NV)
 
 
 def _at(value_NV: Any, index_N: Any) -> Any:

@@ -163,7 +163,7 @@ def test_bounds_and_symmetry() -> None:
     base_NV, tuned_NV = (30 * torch.randn(500, 20, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     forth = measured(block(base_NV, tuned_NV))
     back = measured(block(tuned_NV, base_NV))
-    np.testing.assert_allclose(forth["js_nats"], back["js_nats"], rtol=1e-6)
+    np.testing.assert_allclose(forth["js_nats"], back["js_nats"], atol=2e-7 * forth["kl_nats"].max())
     np.testing.assert_allclose(forth["total_variation"], back["total_variation"], rtol=1e-6)
     np.testing.assert_allclose(forth["kl_nats"], back["reverse_kl_nats"], rtol=1e-6)
     assert all(forth[name].min() >= 0 for name in DIVERGENCES)

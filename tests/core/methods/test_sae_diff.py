@@ -329,6 +329,20 @@ def test_small_corpora_get_small_batches_and_a_schedule_that_fits() -> None:
         assert plan.dead_after_tokens < plan.steps * plan.batch_rows / 2
 
 
+def test_a_faster_selection_gives_dictionary_learnings_weights_bit_by_bit(toy: Toy) -> None:
+    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+
+    x_ND = toy.rows.files[0].rows(0, 1024, 0).difference_ND
+    weights = []
+    for autoencoder in (None, BatchTopKSAE):
+        trainer = plan_of(toy.material()).trainer("cpu")
+        trainer.ae.__class__ = autoencoder or trainer.ae.__class__
+        for step in range(1, 6):
+            trainer.update(step, x_ND)
+        weights.append(trainer.ae.state_dict())
+    assert all(torch.equal(ours, weights[1][name]) for name, ours in weights[0].items())
+
+
 def test_the_seed_of_the_process_is_left_alone(toy: Toy) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
