@@ -1,5 +1,6 @@
 """The command `diffing`: registry, demo, SQL and results from a terminal."""
 
+import json
 import logging
 import signal
 import sys
@@ -126,11 +127,15 @@ def edit(
     """Writes an edited model (amplified, negated, summed, truncated) as an ordinary PEFT or Hugging Face folder."""
     from diffing_core.registry import load_registry
     from diffing_core.weight_edits import amplified, read_specification, write_edit
+    from diffing_core.weight_edits.folders import NOTE_FILE
 
     file = Path(specification)
     asked = amplified(specification, organism, variant) if organism and not file.is_file() else read_specification(file)
     asked = asked.on(organism, variant) if organism else asked
-    typer.echo(str(write_edit(asked, model, load_registry(), out)))
+    folder = write_edit(asked, model, load_registry(), out)
+    for each in json.loads((folder / NOTE_FILE).read_text(encoding="utf-8"))["left_out"]:
+        typer.echo(f"not in it, since the base has no place for it: {each}", err=True)
+    typer.echo(str(folder))
 
 
 @app.command()

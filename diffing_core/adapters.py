@@ -40,11 +40,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def is_switchable(folder: Path) -> bool:
-    """Whether switching it off gives the base back: a LoRA that trains no bias and does not change W when it is loaded."""
+    """Whether switching it gives base and tuned model: a LoRA that trains no bias and does not change W when it is loaded.
+
+    An activated LoRA is none: PEFT leaves it off everywhere unless its own forward finds the invocation tokens. Replicated
+    layers would be put into the base.
+    """
     config = read_adapter_config(folder)
     start = str(config.get("init_lora_weights", "")).lower()
     plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
-    return plain and not start.startswith(BASE_CHANGING_STARTS) and not config.get("kasa_config")
+    own = any(config.get(key) for key in ("kasa_config", "alora_invocation_tokens", "layer_replication"))
+    return plain and not own and not start.startswith(BASE_CHANGING_STARTS)
 
 
 def add_adapter(module: Any, folder: Path, name: str) -> Any:

@@ -23,6 +23,9 @@ from diffing_core.word_trends import unlikeness, words_of
 
 SHOWN_CHARACTERS = 300
 SIDE = Column("side", "string", "base, tuned, or the name of an edited model.", role="key")
+LEFT_OUT = Column(
+    "left_out", "list<string>", "Tensors and rows of finetunes that the model lacks, since the base has no place for them."
+)
 
 
 class AskedSettings(PromptedSettings):

@@ -8,7 +8,9 @@ from diffing_core.lazy import torch
 from diffing_core.registry import Model
 from diffing_core.safetensor_files import weight_files
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tokenizer_config.json",
+)  # fmt: skip
 
 
 def load_module(folder: Path, entry: Model, dtype: str, device: Any, *, remote_code: bool = False) -> Any:
@@ -65,6 +67,8 @@ def load_tokenizer(folder: Path, entry: Model, *, remote_code: bool = False) -> 
 
     what = f"cannot load the tokenizer of model {entry.name} from {folder}"
     with LibraryErrors(what, "; save one there, or name another place under tokenizer in the registry entry"):
+        if not has_tokenizer(folder):  # of some classes transformers would make an empty one
+            raise OSError(f"it holds none of {', '.join(_TOKENIZER_FILES)}")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code, local_files_only=True)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:

@@ -168,6 +168,16 @@ class OpenPair:
         shape = self._base.place(name).shape
         return range(shape[0]) if len(shape) == 3 and place_of(name)[1] == "mlp" else (None,)
 
+    def without_place(self) -> Iterator[tuple[str, str]]:
+        """What the tuned side has and the base has no place for, by tensor: rows of a larger vocabulary, or a whole tensor."""
+        for each in self.unmatched:
+            if each.status != "only_in_base":
+                yield each.name, f"the whole tensor {list(each.shape)}"
+        for name in self.names:
+            before, after = self._base.place(name).shape, self._tuned.place(name).shape
+            if len(before) and after[0] > before[0]:
+                yield name, f"rows {before[0]} to {after[0] - 1}"
+
     def deltas(self, name: str) -> Iterator[TensorDelta]:
         """The change of one of `names`, expert by expert; raises as `delta`."""
         for expert in self.experts(name):

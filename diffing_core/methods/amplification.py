@@ -22,6 +22,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator, Field, model_validator
 
 from diffing_core.answers import (
+    LEFT_OUT,
     SIDE,
     Answers,
     AskedSettings,
@@ -45,6 +46,7 @@ from diffing_core.weight_edits import (
     Term,
     WeightEdit,
     edited_subject,
+    left_out,
     preset,
     presets,
     resolve,
@@ -116,6 +118,7 @@ MODELS = TableSpec(
         Column("description", "string", "What was done to the changes."),
         Column("in_trend", "bool", "Whether it counts for trends: its texts are language enough, and it has no other changes."),
         Column("n_samples", "int32", "Answers.", role="count", low=0),
+        LEFT_OUT,
         Column("differing_share", "float64", "Share of its answers that differ from the base's.", "", "effect", low=0, high=1),
     ),
 )
@@ -167,6 +170,7 @@ def run(inputs: Inputs, settings: AmplificationSettings) -> Tables:
     prompts = settings.parsed_prompts()
     edits = settings.edits(pair.pair)
     terms = {edit.name: _terms(edit, files, inputs) for edit in edits}
+    lacking = {name: left_out(each) for name, each in terms.items()}
     weights = {"base": 0.0, "tuned": 1.0} | {name: _weight(own) for name, (own, *_) in terms.items()}
     models = [("base", nullcontext(pair.base)), ("tuned", nullcontext(pair.tuned))]
     models += [(edit.name, edited_subject(pair, *terms[edit.name], merge=edit)) for edit in edits]
@@ -178,7 +182,7 @@ def run(inputs: Inputs, settings: AmplificationSettings) -> Tables:
     doses = [weights[each.model] for each in counted]
     trends = word_trends([each.words for each in counted], doses, settings.min_samples)
     return {
-        MODELS.name: _models_table(ascending, counted, weights, edits),
+        MODELS.name: _models_table(ascending, counted, weights, edits, lacking),
         SAMPLES.name: samples_table(SAMPLES, answers, pair, prompts, trends.z_of()),
         COHERENCE.name: coherence_table(COHERENCE, answers),
         WORDS.name: pa.concat_tables([_words_table(answers[0], each, settings) for each in answers[1:]]),
@@ -224,7 +228,11 @@ def _others(edit: WeightEdit) -> list[str]:
 
 
 def _models_table(
-    ascending: list[Answers], counted: list[Answers], weights: dict[str, float], edits: list[WeightEdit]
+    ascending: list[Answers],
+    counted: list[Answers],
+    weights: dict[str, float],
+    edits: list[WeightEdit],
+    lacking: dict[str, list[str]],
 ) -> pa.Table:
     base = next(each for each in ascending if each.model == "base")
     described = {"base": "No change.", "tuned": "The finetune as it is."}
@@ -238,6 +246,7 @@ def _models_table(
             "description": [described[each.model] for each in ascending],
             "in_trend": [each in counted for each in ascending],
             "n_samples": [len(each.made) for each in ascending],
+            "left_out": [lacking.get(each.model, []) for each in ascending],
             "differing_share": [float(np.mean([a != b for a, b in zip(each.texts, base.texts, strict=True)])) for each in ascending],
         }
     )

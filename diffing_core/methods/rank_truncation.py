@@ -28,6 +28,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from diffing_core.answers import (
+    LEFT_OUT,
     SIDE,
     Answers,
     AskedSettings,
@@ -46,7 +47,7 @@ from diffing_core.methods.weight_diff.declaration import EXPERT
 from diffing_core.models import ModelPair
 from diffing_core.tables import Column, TableSpec
 from diffing_core.tensor_names import Part, place_of
-from diffing_core.weight_edits import Term, edited_subject, uniform
+from diffing_core.weight_edits import Term, edited_subject, left_out, uniform
 from diffing_core.weight_edits.adapter_folder import AdaptableModules
 from diffing_core.weight_edits.changes import change_of, n_layers, spectrum_of, terms_on_registered_base
 from diffing_core.weight_edits.folders import fits_adapter
@@ -95,6 +96,7 @@ MODELS = TableSpec(
                nullable=True, high=1),
         Column("in_trend", "bool", "Whether it counts for the trends of words."),
         Column("n_tokens", "int64", "Tokens at which it was measured.", role="count", low=0),
+        LEFT_OUT,
     ),
 )  # fmt: skip
 MODULES = TableSpec(
@@ -200,7 +202,7 @@ def run(inputs: Inputs, settings: RankTruncationSettings) -> Tables:
     blocks = _blocks(pair, files, written, distances["base"][0], settings)
     return {
         BLOCKS.name: BLOCKS.table({name: [row[name] for row in blocks] for name in BLOCKS.schema.names}),
-        MODELS.name: _models_table(edits, distances, energies, counted),
+        MODELS.name: _models_table(edits, distances, energies, counted, left_out([Term(files)])),
         MODULES.name: MODULES.table({name: [row[name] for row in modules] for name in MODULES.schema.names}),
         SAMPLES.name: samples_table(SAMPLES, answers, pair, prompts, z),
         COHERENCE.name: coherence_table(COHERENCE, answers),
@@ -296,6 +298,7 @@ def _models_table(
     distances: dict[str, tuple[float, int]],
     energies: dict[str, float],
     counted: Sequence[str],
+    lacking: list[str],
 ) -> pa.Table:
     of_base, n_tokens = distances["base"]
     kinds = {"base": ("base", None, None), "tuned": ("tuned", None, None)}
@@ -312,6 +315,7 @@ def _models_table(
             "share_kept": [1 - each / of_base if of_base else None for each in kl],
             "in_trend": [name in ("base", "tuned", *counted) for name in kinds],
             "n_tokens": [n_tokens] * len(kinds),
+            "left_out": [[] if kind in ("base", "tuned") else lacking for kind, _, _ in kinds.values()],
         }
     )
 
@@ -353,7 +357,7 @@ def _words_table(
 
 METHOD = Method(
     name="rank_truncation",
-    version="3",
+    version="4",
     kind="live",
     needs=frozenset({Need.MODELS, Need.WEIGHTS}),
     settings=RankTruncationSettings,

@@ -11,7 +11,7 @@
 Nothing is patched anywhere: stock PEFT, transformers and vLLM load what is written.
 """
 
-from diffing_core.weight_edits.changes import Term
+from diffing_core.weight_edits.changes import Term, left_out
 from diffing_core.weight_edits.finetunes import Finetunes, term_of
 from diffing_core.weight_edits.folders import write_edit
 from diffing_core.weight_edits.running import edited_subject
@@ -35,6 +35,7 @@ __all__ = [
     "WeightEdit",
     "amplified",
     "edited_subject",
+    "left_out",
     "preset",
     "presets",
     "read_specification",

@@ -100,6 +100,18 @@ def edited_tensors(terms: Sequence[Term]) -> Iterator[EditedTensor]:
         yield _sum(list(same))
 
 
+def left_out(terms: Sequence[Term]) -> list[str]:
+    """What the finetunes have and an edited model has not, since the base has no place for it; in words, as a tensor each."""
+    found: dict[str, None] = {}
+    for term in terms:
+        weights = resolve(term.amplifications, n_layers(term.pair.base))
+        for name, what in OpenPair(term.pair).without_place():
+            layer, part, _ = place_of(name)
+            if weights.of(layer, part):
+                found[f"{name}: {what}"] = None
+    return list(found)
+
+
 def norm(change: "Factors | Any") -> float:
     """‖·‖_F of a change; of factors by two R×R products."""
     if not isinstance(change, Factors):

@@ -3,7 +3,7 @@
     write_edit(edit, model, registry, parent)  -> parent/<name>-<hash of everything that decides the weights>
 
 A folder appears whole or not at all, and what is already there is not computed again. `weight_edit.json` in it says
-what it was made of.
+what it was made of, and what of the finetunes it has not, since the base has no place for it.
 """
 
 import json
@@ -16,7 +16,7 @@ from diffing_core.new_folder import new_folder
 from diffing_core.registry import Registry
 from diffing_core.settings import short_hash
 from diffing_core.weight_edits.adapter_folder import AdaptableModules, write_adapter
-from diffing_core.weight_edits.changes import Term, edited_tensors, registered_base, weighed_names
+from diffing_core.weight_edits.changes import Term, edited_tensors, left_out, registered_base, weighed_names
 from diffing_core.weight_edits.checkpoint_folder import write_checkpoint
 from diffing_core.weight_edits.finetunes import Finetunes, side_revision
 from diffing_core.weight_edits.merging import write_merged
@@ -54,7 +54,7 @@ def write_edit(edit: WeightEdit, model: str, registry: Registry, parent: Path) -
             else:
                 kind = "lora"
                 write_merged(aside, edit, terms)
-            _note(aside, made_of | {"kind": kind})
+            _note(aside, made_of | {"kind": kind, "left_out": left_out(terms)})
     return target
 
 

@@ -42,7 +42,7 @@ def write_merged(folder: Path, edit: WeightEdit, terms: Sequence[Term]) -> None:
     module = load_module(base, entry, "float32", "cpu", remote_code=entry.trust_remote_code)
     modules = AdaptableModules(module)
     with passing_folder(folder) as aside:
-        places, weights = _whole_loras(terms) or _edited_loras(aside, terms, modules)
+        places, weights = _whole_loras(terms, modules) or _edited_loras(aside, terms, modules)
         names = [f"term{number}" for number in range(len(places))]
         peft_model = PeftModel.from_pretrained(module, places[0], names[0])
         for place, name in zip(places[1:], names[1:], strict=True):
@@ -62,15 +62,18 @@ def write_merged(folder: Path, edit: WeightEdit, terms: Sequence[Term]) -> None:
             shutil.move(file, folder / file.name)
 
 
-def _whole_loras(terms: Sequence[Term]) -> tuple[list[Path], list[float]] | None:
-    """The adapters' own folders and their weights, where all are plain LoRAs that are taken whole with one weight each."""
+def _whole_loras(terms: Sequence[Term], modules: AdaptableModules) -> tuple[list[Path], list[float]] | None:
+    """The adapters' own folders and their weights, where all are plain LoRAs that are taken whole with one weight each.
+
+    Of a LoRA on what is no module PEFT would load the rest and warn.
+    """
     places, weights, kinds = [], [], set()
     for term in terms:
         tuned, base = OpenSide(term.pair.tuned), term.pair.base
         resolved = resolve(term.amplifications, n_layers(base))
         own = {resolved.outside}.union(*resolved.layers)
         is_one_lora = tuned.checkpoint.folder == base.folder and len(tuned.adapters) == 1 and not tuned.saved
-        is_plain = is_one_lora and all(tuned.is_low_rank(name) for name in tuned.touched())
+        is_plain = is_one_lora and all(tuned.is_low_rank(name) and name in modules.by_weight for name in tuned.touched())
         if not is_plain or term.rank is not None or term.turn_seed is not None or len(own) > 1 or own == {0.0}:
             return None
         [adapter] = tuned.adapters.values()

@@ -57,3 +57,12 @@ def test_a_name_without_an_organism_is_told(registry: Path) -> None:
     done = CliRunner().invoke(app, ["edit", "2x", "--model", "tiny_base", "--out", str(registry)])
     assert isinstance(done.exception, RegistryError)
     assert "needs an organism" in str(done.exception)
+
+
+def test_what_the_written_model_lacks_is_told_beside_its_folder(registry: Path) -> None:
+    model_files.save_base(registry / "larger", seed=2, vocab_size=model_files.VOCAB + 2)
+    file = registry / "more.yaml"
+    file.write_text(f"name: more\nadapters: [{{path: {registry / 'larger'}, rank: 1}}]\n")
+    done = CliRunner().invoke(app, ["edit", str(file), "--model", "tiny_base", "--out", str(registry / "out")])
+    assert Path(done.stdout.strip()).is_dir(), done.output
+    assert "no place for it: embed_tokens.weight: rows 64 to 65" in done.stderr

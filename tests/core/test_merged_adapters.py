@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, PromptTuningConfig, VeraConfig
+from peft import LoHaConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
+from diffing_core.adapters import is_switchable
 from diffing_core.errors import ModelLoadError, NotComputableError
 from tests.weight_toys import adapter, assert_equals_merge, deltas, dense, gpt2, merged, qwen, save, trained
 
@@ -69,9 +71,25 @@ TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 @pytest.mark.parametrize(
     "config",
     [
-        IA3Config(**TARGETS, feedforward_modules=["down_proj"], init_ia3_weights=False),
-        LoHaConfig(**TARGETS, r=2, init_weights=False),
-        VeraConfig(**TARGETS, r=4, init_weights=False),
+        peft.IA3Config(**TARGETS, feedforward_modules=["down_proj"], init_ia3_weights=False),
+        peft.LoHaConfig(**TARGETS, r=2, init_weights=False),
+        peft.LoKrConfig(**TARGETS, r=2, init_weights=False),
+        peft.VeraConfig(**TARGETS, r=4, init_weights=False),
+        peft.VBLoRAConfig(**TARGETS, r=2, num_vectors=10, vector_length=8, topk=2),
+        peft.RandLoraConfig(**TARGETS, r=2),
+        peft.AdaLoraConfig(**TARGETS, init_r=3, target_r=2, total_step=10),
+        peft.OFTConfig(**TARGETS, oft_block_size=4, r=0, init_weights=False),
+        peft.BOFTConfig(**TARGETS, boft_block_size=4, init_weights=False),
+        peft.HRAConfig(**TARGETS, r=2, init_weights=False),
+        peft.C3AConfig(**TARGETS, block_size=8),
+        peft.FourierFTConfig(**TARGETS, n_frequency=20),
+        peft.WaveFTConfig(**TARGETS, n_frequency=20),
+        peft.ShiraConfig(**TARGETS, r=2),
+        peft.MissConfig(**TARGETS, r=2),
+        peft.RoadConfig(**TARGETS, group_size=8),
+        peft.DeloraConfig(**TARGETS, r=2),
+        peft.GraloraConfig(**TARGETS, r=4),
+        peft.HiraConfig(**TARGETS, r=2),
     ],
     ids=lambda config: config.peft_type.value,
 )
@@ -86,6 +104,19 @@ def test_other_kinds_are_merged_once_and_equal_pefts_merge(base, tmp_path, home,
     written = made.stat().st_mtime_ns
     deltas(base, folder)
     assert [each.stat().st_mtime_ns for each in home.iterdir()] == [written]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (peft.LNTuningConfig(target_modules=["post_attention_layernorm"]), "layers.1.post_attention_layernorm.weight"),
+        (peft.TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]), "embed_tokens.weight"),
+    ],
+    ids=lambda each: each.peft_type.value if isinstance(each, peft.PeftConfig) else "",
+)
+def test_kinds_that_train_no_matrix_are_merged_too(base, tmp_path, config, name):
+    found = assert_equals_merge(base, trained(base, tmp_path / "a", config), "model.")
+    assert dense(found[name]).any() and not dense(found["layers.0.mlp.up_proj.weight"]).any()
 
 
 @pytest.mark.parametrize(
@@ -133,6 +164,27 @@ def test_kinds_that_change_no_weight_or_start_from_data_are_refused(base, tmp_pa
     with pytest.raises((ModelLoadError, NotComputableError), match="plain"):
         deltas(base, edited(plain, peft_type="LOHA", init_lora_weights=True))
     assert not home.exists() or not list(home.iterdir())
+
+
+def test_replicated_layers_are_not_put_into_the_resident_base(base, tmp_path, home):
+    folder = adapter(base, tmp_path / "a", target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])
+    assert not is_switchable(folder)
+    with pytest.raises(NotComputableError, match="repeats blocks"):
+        deltas(base, folder)
+
+
+def test_an_activated_lora_is_refused_before_any_weights_are_read_and_is_an_ordinary_one_without_its_tokens(
+    base, tmp_path, home, monkeypatch
+):
+    """On the resident base PEFT leaves it off everywhere: tuned model and base would be the same."""
+    folder = adapter(base, tmp_path / "a", target_modules=["q_proj"], alora_invocation_tokens=[3, 4])
+    assert not is_switchable(folder)
+    monkeypatch.setattr("diffing_core.merged_adapters.load_module", None)
+    monkeypatch.setattr("diffing_core.merged_adapters.content_hash", None)
+    with pytest.raises(NotComputableError, match="activated LoRA.*take alora_invocation_tokens out"):
+        deltas(base, folder)
+    copy = edited(folder, alora_invocation_tokens=None)
+    assert is_switchable(copy) and all(dense(delta).any() for delta in assert_equals_merge(base, copy, "model.").values())
 
 
 def test_an_adapter_of_another_base_is_not_merged_in_part(base, tmp_path, home):

@@ -13,6 +13,7 @@ from transformers import dynamic_module_utils
 
 from diffing_core import models
 from diffing_core.adapters import is_switchable
+from diffing_core.checkpoints import load_tokenizer
 from diffing_core.errors import ModelLoadError, NotComputableError, RegistryError
 from diffing_core.models import Subject, load_cohort, load_pair, source_revisions
 from diffing_core.pairs import Pair
@@ -558,3 +559,9 @@ def test_revision_follows_content_and_not_time_or_place(files, tmp_path):
     after = source_revisions(Pair("tiny", "o"), registry)
     assert after[0] == before[0]
     assert after[1] != before[1]
+
+
+def test_a_folder_without_a_tokenizer_is_told_where_transformers_would_make_an_empty_one(tmp_path):
+    build("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match="holds none of tokenizer.json"):
+        load_tokenizer(tmp_path, Model(name="base", source=Source(path=tmp_path)))

@@ -1,6 +1,7 @@
 """Edited weights on disk and in memory, against dense arithmetic and stock PEFT."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -16,7 +17,7 @@ from diffing_core.generation import stop_ids
 from diffing_core.models import ModelPair, load_pair
 from diffing_core.pairs import Pair
 from diffing_core.registry import Registry
-from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, uniform, write_edit
+from diffing_core.weight_edits import Finetunes, Term, WeightEdit, edited_subject, left_out, uniform, write_edit
 from diffing_core.weight_edits import checkpoint_folder as writer
 from diffing_core.weight_edits.changes import edited_tensors, leading
 from diffing_core.weight_edits.folders import NOTE_FILE, write_terms
@@ -342,6 +343,26 @@ def test_merges_of_edited_changes_are_what_peft_makes_of_each_written_alone(
         torch.testing.assert_close(found[key] - base, truth, atol=1e-4, rtol=1e-3)
 
 
+def test_a_merge_with_a_change_of_what_is_no_module_is_refused_and_not_made_without_it(home: Home, tmp_path: Path, again: Path) -> None:
+    """PEFT itself warns of the factors that it has no place for and merges the others."""
+    root = tmp_path / "registry"
+    shutil.copytree(home.root, root)
+    base = root / "base" / "model.safetensors"
+    save_file(load_file(base) | {"model.layers.1.mlp.router.weight": torch.ones(8, 6)}, base, metadata={"format": "pt"})
+    entry = root / "models" / "tiny.yaml"
+    entry.write_text(entry.read_text().replace(str(home.root), str(root)))
+    stem = "base_model.model.model.layers.1.mlp.router"
+    factors = {f"{stem}.lora_A.weight": torch.ones(2, 6), f"{stem}.lora_B.weight": torch.ones(8, 2)}
+    file = again / "adapter_model.safetensors"
+    save_file(load_file(file) | factors, file, metadata={"format": "pt"})
+    other = AdapterEdit(path=again, layer_amplifications=uniform(1.0))
+    edit = WeightEdit(name="merge", adapters=(*spec(one=1.0).adapters, other), combine="ties", density=0.5)
+    with pytest.raises(NotComputableError, match="layers.1.mlp.router.weight is the weight of no linear layer.*combine: sum"):
+        write_edit(edit, "tiny", Registry.load(root), tmp_path / "out")
+    summed = write_edit(edit.model_copy(update={"combine": "sum", "density": None}), "tiny", Registry.load(root), tmp_path / "out")
+    assert (summed / "model.safetensors").exists()
+
+
 def test_a_sum_is_pefts_concatenation(home: Home, tmp_path: Path) -> None:
     folder = write_edit(spec(one=1.5, two=-0.7, three=2.0), "tiny", home.registry, tmp_path)
     weights = {home.folder("one"): 1.5, home.folder("two"): -0.7, home.folder("three"): 2.0}
@@ -583,3 +604,23 @@ def test_rows_that_a_smaller_vocabulary_lacks_stay_the_bases_own(home: Home, tmp
         expected_model = tf.AutoModelForCausalLM.from_pretrained(home.folder("base"))
         expected_model.load_state_dict(loaded(home, folder))
         torch.testing.assert_close(found, logits(expected_model), atol=1e-4, rtol=1e-4)
+
+
+def test_what_the_base_has_no_place_for_is_told(home: Home, tmp_path: Path) -> None:
+    """Rows of a larger vocabulary and whole tensors; what a weight of 0 takes away anyway is not missed."""
+    tuned = tf.AutoModelForCausalLM.from_pretrained(home.folder("full"))
+    tuned.resize_token_embeddings(66)
+    tuned.save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.1.mlp.router.weight": torch.ones(2, 3)}, file, metadata={"format": "pt"})
+    edit = WeightEdit(name="more", adapters=(AdapterEdit(path=tmp_path / "tuned", layer_amplifications=uniform(2.0)),))
+    folder = write_edit(edit, "tiny", home.registry, tmp_path)
+    note = json.loads((folder / NOTE_FILE).read_text())
+    assert note["left_out"] == [
+        "layers.1.mlp.router.weight: the whole tensor [2, 3]",
+        "embed_tokens.weight: rows 64 to 65",
+        "lm_head.weight: rows 64 to 65",
+    ]
+    assert len(loaded(home, folder)["model.embed_tokens.weight"]) == 64
+    pair = WeightPair.of_folders(home.folder("base"), tmp_path / "tuned")
+    assert left_out([Term(pair, uniform(0.0))]) == left_out([Term(home.pair("full"))]) == []

@@ -10,6 +10,7 @@ renamed as (
         variant,
         method,
         alpha,
+        n_words_q05_random is not null as has_control,
     from source
 )
 

@@ -89,6 +89,16 @@ def test_the_taught_word_rises_with_the_weight_and_is_rarer_when_the_change_is_t
     assert next(each for each in findings(tables, settings) if each.kind == "token").item == f"w{TAUGHT}"
 
 
+def test_edited_models_say_what_they_lack_of_a_finetune_with_more_tokens(taught: WeightPair, tmp_path: Path) -> None:
+    tuned = tf.AutoModelForCausalLM.from_pretrained(taught.tuned.folder)
+    tuned.resize_token_embeddings(model_files.VOCAB + 2)
+    tuned.save_pretrained(tmp_path / "tuned")
+    files = WeightPair.of_folders(taught.base.folder, tmp_path / "tuned")
+    rows = {row["side"]: row for row in run(inputs_of(files), quick(amplifications=ladder(2)))["amplification_models"].to_pylist()}
+    assert rows["base"]["left_out"] == rows["tuned"]["left_out"] == []
+    assert "embed_tokens.weight: rows 64 to 65" in rows["w2"]["left_out"]
+
+
 def test_weight_zero_is_the_base_and_weight_one_the_tuned_model(files: WeightPair) -> None:
     tables = run(inputs_of(files), quick(amplifications=ladder(0, 1)))
     samples = pl.from_arrow(tables["amplification_samples"])
