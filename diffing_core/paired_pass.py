@@ -19,13 +19,14 @@ from diffing_core.activations import ActivationStore
 from diffing_core.blocks import Side, StreamContext, TokenBlock, pieces, rows_of_residuals, rows_per_block, rows_per_tile, tiles
 from diffing_core.capture import Room, capture_residuals
 from diffing_core.corpus import ProbeCorpus, TokenBatch
-from diffing_core.errors import FAILS_ALONE, CorpusError
+from diffing_core.errors import FAILS_ALONE, CorpusError, ModelLoadError
 from diffing_core.lazy import torch
 from diffing_core.methods.base import Fold, Inputs, Method, Need, ResumableFold, Tables
 from diffing_core.models import ModelPair
 from diffing_core.progress import track
 from diffing_core.runs import Cost
 from diffing_core.settings import Settings
+from diffing_core.subject import Subject
 
 TOKENS_PER_BATCH = 4096
 RESIDUAL_BYTES = 4 * 2**30
@@ -167,7 +168,7 @@ def _feed(
                 continue
             facts = _token_facts(batch, corpus)
             with shared:
-                going, states = _forward_all(running, batch, layers, facts["place_N"], room)
+                going, states = _forward_all(running, batch, layers, facts, room)
             whole = _whole_blocks(going, states, facts)
             for piece in pieces(whole, rows_of_residuals(device, budget)) if others else ():
                 _show(piece, others)
@@ -274,7 +275,7 @@ def _last_layer_if_wanted(running: Sequence[_Running]) -> set[int]:
 
 
 def _forward_all(
-    running: Sequence[_Running], batch: TokenBatch, layers: Sequence[int], place_N: np.ndarray, room: Room
+    running: Sequence[_Running], batch: TokenBatch, layers: Sequence[int], facts: Mapping[str, np.ndarray], room: Room
 ) -> tuple[list[ModelPair], dict[int, dict[int, Any]]]:
     """Pairs that still go on, and residuals of the tokens that folds are shown, {id(subject): {layer: [N, D]}}.
 
@@ -285,13 +286,28 @@ def _forward_all(
     states: dict[int, dict[int, Any]] = {}
     for key, subject in subjects.items():
         try:
-            states[key] = capture_residuals(subject, batch, layers, place_N, room)
+            states[key] = capture_residuals(subject, batch, layers, facts["place_N"], room)
+            _require_finite(states[key], subject, facts)
         except FAILS_ALONE as error:
             for each in running:
                 if key in (id(each.pair.base), id(each.pair.tuned)) and each.error is None:
                     each.fail(error)
     able = [pair for pair in going.values() if id(pair.base) in states and id(pair.tuned) in states]
     return able, states
+
+
+def _require_finite(states: Mapping[int, Any], subject: Subject, facts: Mapping[str, np.ndarray]) -> None:
+    """Raises ModelLoadError where the deepest residuals hold NaN or infinite values, which every method would take on."""
+    if not states:
+        return
+    layer = max(states)
+    broken = torch.nonzero(~torch.isfinite(states[layer]).all(-1))[:, 0]
+    if len(broken):
+        where = f"text {facts['sequence_N'][broken[0]]}, position {facts['position_N'][broken[0]]}"
+        raise ModelLoadError(
+            f"{subject.adapter or 'the model'} gives NaN or infinite values after block {layer} at {len(broken)} token(s), first of "
+            f"{where}; load it in float32 or bfloat16, or mend its weights"
+        )
 
 
 def _whole_blocks(

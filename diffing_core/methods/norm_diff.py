@@ -2,7 +2,8 @@
 
     norm            = ‖δ‖₂                     subtracted in float32, never in the models' bf16
     relative_norm   = ‖δ‖₂ / ‖h_base‖₂
-    cosine_distance = 1 − cos(h_base, h_tuned)  = (‖δ‖² − (‖h_tuned‖ − ‖h_base‖)²) / (2 ‖h_base‖ ‖h_tuned‖); 0 where one is zero
+    cosine_distance = 1 − cos(h_base, h_tuned)  = (‖δ‖² − (‖h_tuned‖ − ‖h_base‖)²) / (2 ‖h_base‖ ‖h_tuned‖), where δ is
+                                                small; 0 where one of them is zero
 
 Their distributions per layer (with those of ‖h_base‖ and ‖h_tuned‖), means by place, the tokens and the
 sequences that moved most, and mean vectors δ̄ over all tokens, at the first positions and at each token of
@@ -324,12 +325,15 @@ def common_template_tokens(corpus: ProbeCorpus, limit: int) -> np.ndarray:
 def movement(base_ND: Any, tuned_ND: Any, delta_ND: Any) -> Any:
     """The five statistics per token, float32 [S, N], from residuals in float32 and δ, their difference.
 
-    ‖h_tuned‖ − ‖h_base‖ is taken from δ: of the two norms themselves a small δ would leave rounding only.
+    Of the cosine of the two residuals a small δ would leave rounding only, as of the difference of their norms; so this is
+    taken from δ, and the cosine where δ is large.
     """
     base_norm_N, tuned_norm_N, norm_N = (states_ND.norm(dim=-1) for states_ND in (base_ND, tuned_ND, delta_ND))
     base_size_N, tuned_size_N, square_N = base_norm_N.clamp(min=TINY), tuned_norm_N.clamp(min=TINY), norm_N.square()
     gap_N = (2 * dot(delta_ND, base_ND) + square_N) / (base_size_N + tuned_size_N)
-    turned_N = (square_N - gap_N.square()) / (2 * base_size_N * tuned_size_N)
+    size_N = base_size_N * tuned_size_N
+    near_N, far_N = (square_N - gap_N.square()) / (2 * size_N), 1 - dot(base_ND, tuned_ND) / size_N
+    turned_N = torch.where(norm_N > base_size_N / 2, far_N, near_N)
     distance_N = turned_N.clamp(0, 2) * (base_norm_N * tuned_norm_N > 0)
     return torch.stack([norm_N, norm_N / base_size_N, distance_N, base_norm_N, tuned_norm_N])
 

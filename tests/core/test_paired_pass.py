@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from diffing_core import blocks as blocks_module
 from diffing_core import paired_pass as paired_pass_module
 from diffing_core.blocks import StreamContext, TokenBlock, pick_layers
 from diffing_core.corpus import ProbeCorpus, ProbeSequence
-from diffing_core.errors import CorpusError, NotComputableError, UndeclaredNeedError
+from diffing_core.errors import CorpusError, ModelLoadError, NotComputableError, UndeclaredNeedError
 from diffing_core.methods import get_method
 from diffing_core.methods.base import Inputs, Method, Need
 from diffing_core.models import ModelPair, Subject
@@ -219,6 +220,21 @@ def test_context_describes_pair_and_corpus(base: Subject, tuned: Subject) -> Non
     assert (context.n_layers, context.d_model, context.vocab_size) == (LAYERS, model_files.WIDTH, VOCAB)
     assert context.token_texts([3, 60]) == ["w3", "w60"]
     assert np.flatnonzero(~context.readable_V).tolist() == [1]
+
+
+def test_a_model_that_gives_nan_fails_alone_and_says_where(base: Subject, tuned: Subject) -> None:
+    broken = Subject.of(model_files.build(seed=2))
+    token = int(corpus().sequences[1].token_T[3])
+    with torch.no_grad():
+        broken.plain.get_input_embeddings().weight[token] = torch.nan
+    recorders: list[Recorder] = []
+    results = run(
+        [pair_of(base, broken, "broken"), pair_of(base, tuned, "sound")], [recording(recorders, layers=(0,), logprobs=True)]
+    )
+    failed, sound = results
+    assert isinstance(failed.error, ModelLoadError)
+    assert re.search(r"NaN or infinite values after block \d+ at \d+ token\(s\), first of text \d+, position \d+", str(failed.error))
+    assert sound.error is None and len(recorders[1].rows) == sum(LENGTHS)
 
 
 # ---- what is shared, and what is not run --------------------------------------------------------------------------

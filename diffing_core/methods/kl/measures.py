@@ -13,6 +13,7 @@ from diffing_core.elementwise import argmax, argmin, dot, log
 from diffing_core.lazy import torch
 
 TINY = 1e-38
+FAR_NATS = 8.0  # of both KLs: beyond it what rounding leaves of JS exceeds what it leaves of entropies
 DIVERGENCES = ("kl_nats", "reverse_kl_nats", "js_nats", "total_variation")
 
 
@@ -36,9 +37,10 @@ def measure(base: Side, tuned: Side, difference_NV: Any, next_N: Any) -> Measure
     """Divergences of the two sides' final predictions.
 
     KL and reverse KL are sums of p ln(p/q) − p + q: float32 probabilities of a large vocabulary add up to 1 only within
-    some 1e-5, which would hide a small divergence. JS is the sum of both sides' p ln(p/m) with m = (p_b + p_t) / 2.
+    some 1e-5, which would hide a small divergence. JS is the sum of both sides' p ln(p/m) with m = (p_b + p_t) / 2, or, where
+    they are far apart and its terms cancel, the entropy of m less the mean entropy.
     Exactly zero for equal inputs: rounding may put a sum of a non-negative quantity a hair below zero, and JS
-    above ln 2 or a quarter of the symmetrised KL, which bound it (Lin 1991, theorem 3); it is as exact as half the KL.
+    above ln 2 or a quarter of the symmetrised KL, which bound it (Lin 1991, theorem 3).
     Entropies are as inexact as the probabilities, within some 1e-5 of their values.
 
     Args:
@@ -64,9 +66,13 @@ def measure(base: Side, tuned: Side, difference_NV: Any, next_N: Any) -> Measure
     token["total_variation"] = moved_NV.abs_().sum(-1) / 2
     token["base_entropy_nats"] = -dot(p_base_NV, base.logprobs())
     token["tuned_entropy_nats"] = -dot(p_tuned_NV, tuned.logprobs())
-    bound_N = (token["kl_nats"] + token["reverse_kl_nats"]) / 4
+    both_N = token["kl_nats"] + token["reverse_kl_nats"]
     js_N = term_N / 2 + _dot_with_log_ratio(mixed_NV, base.logprobs(), spare_NV=term_NV)
-    token["js_nats"] = js_N.clamp(min=0, max=ln(2)).minimum(bound_N)
+    far_F = torch.nonzero(both_N > FAR_NATS)[:, 0]
+    if len(far_F):
+        mean_entropy_F = (token["base_entropy_nats"] + token["tuned_entropy_nats"])[far_F] / 2
+        js_N[far_F] = _entropy(mixed_NV[far_F]) - mean_entropy_F
+    token["js_nats"] = js_N.clamp(min=0, max=ln(2)).minimum(both_N / 4)
     return Measures(token, favoured, vocabulary)
 
 
@@ -75,6 +81,10 @@ def _dot_with_log_ratio(mixed_NV: Any, base_logprob_NV: Any, *, spare_NV: Any) -
     log(torch.clamp(mixed_NV, min=TINY, out=spare_NV), out=spare_NV)
     ratio_NV = torch.sub(base_logprob_NV, spare_NV, out=spare_NV)
     return dot(mixed_NV, ratio_NV)
+
+
+def _entropy(probability_FV: Any) -> Any:
+    return -dot(probability_FV, log(probability_FV.clamp(min=TINY), out=torch.empty_like(probability_FV)))
 
 
 def _at(value_NV: Any, index_N: Any) -> Any:

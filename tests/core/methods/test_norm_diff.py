@@ -124,6 +124,16 @@ def test_small_angles_are_not_lost_in_rounding() -> None:
     assert moved(base_ND, torch.tensor([[1000.0, 0.1]]))["cosine_distance"][0] == pytest.approx(5e-9, rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 0.5, 1.0, 2.0, 1e3])
+def test_cosine_distances_of_residuals_of_any_size_agree_with_float64(scale: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    base_ND = torch.randn(200, 64, generator=draw)
+    for noise in (1e-3, 0.3, 3.0):
+        tuned_ND = scale * (base_ND + noise * torch.randn(200, 64, generator=draw))
+        expected_N = 1 - torch.nn.functional.cosine_similarity(base_ND.double(), tuned_ND.double(), dim=-1)
+        np.testing.assert_allclose(moved(base_ND, tuned_ND)["cosine_distance"], expected_N, rtol=1e-3, atol=5e-7)
+
+
 def test_difference_is_taken_in_float32_for_bf16_models() -> None:
     """Subtracted in bf16 and averaged there, the toolkit's differences were rounded twice."""
     draw = torch.Generator().manual_seed(0)
