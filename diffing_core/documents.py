@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, islice
@@ -64,8 +65,18 @@ def _all(files: Iterable[File], column: str) -> Iterator[Any]:
         reader = next((reader for ending, reader in readers.items() if file.name.endswith(ending)), None)
         if reader is None:
             raise CorpusError(f"{file.name}: corpora are read from {', '.join(readers)}; save it as one of these")
-        with reaching(file.place) if isinstance(file, RemoteFile) else nullcontext():
+        with reaching(file.place) if isinstance(file, RemoteFile) else nullcontext(), _named_if_damaged(file):
             yield from reader(file, column)
+
+
+@contextmanager
+def _named_if_damaged(file: File) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException) as error:
+        raise CorpusError(f"{file.name} cannot be read: {error}; it is damaged, or its text is not UTF-8") from error
 
 
 @contextmanager

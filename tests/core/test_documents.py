@@ -146,3 +146,20 @@ def test_a_missing_column_is_told_with_those_that_exist(tmp_path: Path) -> None:
         (tmp_path / kind).mkdir()
         with pytest.raises(CorpusError, match=r"no column 'text'; found \['body', 'other'\]"):
             list(documents(spec(), written(tmp_path / kind, kind, TEXTS, "body")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("latin.jsonl", '{"text": "äöü"}\n'.encode("latin-1")),
+        ("latin.txt", "äöü".encode("latin-1")),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 500)[:-20]),
+        ("plain.jsonl.gz", b'{"text": "one"}\n'),
+        ("cut.parquet", b"PAR1 and no more"),
+        ("cut.arrow", b"\xff\xff\xff\xff\x10\x00"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=name):
+        list(documents(spec(column="text"), tmp_path / name))
