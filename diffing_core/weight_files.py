@@ -160,7 +160,7 @@ class _Lora:
         return (inputs, outputs) if self.embedding else (outputs, inputs)
 
 
-class _Adapter:
+class Adapter:
     """A LoRA or DoRA folder by the canonical names of the base's weights that it changes."""
 
     def __init__(self, folder: Path) -> None:
@@ -226,7 +226,7 @@ class OpenSide:
             folder, adapters = merged(folder, adapters, remote_code=side.remote_code), ()
         same = like is not None and like.checkpoint.folder == folder
         self.checkpoint = like.checkpoint if same else _Checkpoint(folder)
-        self.adapters = {folder: _Adapter(folder) for folder in adapters}
+        self.adapters = {folder: Adapter(folder) for folder in adapters}
         self.saved: dict[str, _Place] = {}
         for adapter in self.adapters.values():
             self.saved.update(self._changed(adapter))
@@ -254,14 +254,14 @@ class OpenSide:
         own = [adapter.lora[name] for adapter in self.adapters.values() if name in adapter.lora]
         return all(lora.magnitude is None for lora in own)
 
-    def _changed(self, adapter: _Adapter) -> Iterator[tuple[str, _Place]]:
+    def _changed(self, adapter: Adapter) -> Iterator[tuple[str, _Place]]:
         """Stored tensors that differ from the checkpoint's: PEFT also stores untouched embeddings."""
         for name, place in adapter.saved.items():
             own = self.checkpoint.place(name)
             if own is None or own.shape != place.shape or not torch.equal(own.read().float(), place.read().float()):
                 yield name, place
 
-    def _check_fits(self, adapter: _Adapter) -> None:
+    def _check_fits(self, adapter: Adapter) -> None:
         for name in adapter.lora:
             place, shape = self.place(name), adapter.lora[name].shape
             if place is None or place.shape not in (shape, shape[::-1]):
@@ -273,16 +273,17 @@ class OpenSide:
 
 
 def _raw_places(folder: Path) -> dict[str, _Place]:
-    """Tensors by key, from the index if there is one, so that a second copy in another layout is not read."""
+    """Tensors by key, from the files that transformers and PEFT would load: a second copy in another layout is not read."""
     files = weight_files(folder)
     by_name = {file.name: file for file in files}
-    whole = next((name for name in ("model.safetensors", "adapter_model.safetensors") if name in by_name), None)
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
+    stems = ("model.safetensors", "adapter_model.safetensors")
+    whole = next((name for name in stems if name in by_name), None)
+    indices = sorted(folder.glob("*.safetensors.index.json"), key=lambda file: file.name.removesuffix(".index.json") not in stems)
+    if whole:
+        files = [by_name[whole]]
+    elif indices:
         shards = set(_read_json(indices[0])["weight_map"].values())
         files = [file for file in files if file.name in shards]
-    elif whole:
-        files = [by_name[whole]]
     return {key: _Place(file, key, shape) for file in files for key, shape in tensor_shapes(file).items()}
 
 

@@ -7,7 +7,7 @@ patterns, multiplies by one. Ranks may differ between modules; `r` in the config
 Suffixes: M rows (outputs), N columns (inputs), R rank.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from diffing_core.lazy import torch
 from diffing_core.registry import Model
 from diffing_core.tensor_names import canonical
 from diffing_core.weight_edits.changes import EditedTensor
+from diffing_core.weight_files import Adapter
 
 PREFIX = "base_model.model."
 
@@ -74,9 +75,6 @@ def write_adapter(folder: Path, tensors: Iterable[EditedTensor], modules: Adapta
     Raises:
         NotComputableError: a change without factors, or of a weight that no LoRA can change; or no change at all.
     """
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
     state: dict[str, Any] = {}
     ranks: dict[str, int] = {}
     conv1d = False
@@ -88,13 +86,52 @@ def write_adapter(folder: Path, tensors: Iterable[EditedTensor], modules: Adapta
             conv1d |= each.is_conv1d
     if not ranks:
         raise NotComputableError(f"nothing to write to {folder.name}: no weight of {base} is changed")
+    return _save(folder, state, ranks, ranks, base, conv1d=conv1d)
+
+
+def write_whole(folder: Path, adapter: Adapter, modules: AdaptableModules, base: Path) -> int:
+    """Writes a plain LoRA once more, with the factors and scales that it has and every module named; returns the largest rank."""
+    state: dict[str, Any] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    conv1d = False
+    for name, lora in adapter.lora.items():
+        module, rank = modules.module(name), lora.a.shape[0]
+        keys = ("lora_embedding_A", "lora_embedding_B") if lora.embedding else ("lora_A.weight", "lora_B.weight")
+        state |= {f"{PREFIX}{module.path}.{key}": each.read().float() for key, each in zip(keys, (lora.a, lora.b), strict=True)}
+        ranks[module.path], alphas[module.path] = rank, rank * adapter.scale(lora.path, rank)
+        conv1d |= module.is_conv1d
+    start = adapter.config.get("init_lora_weights", True)  # decides how many random numbers PEFT draws before it merges
+    return _save(folder, state, ranks, alphas, base, conv1d=conv1d, start=start if start in (False, "gaussian") else True)
+
+
+def _save(
+    folder: Path,
+    state: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    base: Path,
+    *,
+    conv1d: bool,
+    start: bool | str = True,
+) -> int:
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
     largest = max(ranks.values())
-    pattern = {path: rank for path, rank in ranks.items() if rank != largest}
     config = LoraConfig(
-        r=largest, lora_alpha=largest, rank_pattern=dict(pattern), alpha_pattern=dict(pattern), target_modules=sorted(ranks),
-        base_model_name_or_path=str(base), task_type="CAUSAL_LM", fan_in_fan_out=conv1d, inference_mode=True,
-    )  # fmt: skip
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern={path: rank for path, rank in ranks.items() if rank != largest},
+        alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != largest},
+        target_modules=sorted(ranks),
+        init_lora_weights=start,
+        base_model_name_or_path=str(base),
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=conv1d,
+        inference_mode=True,
+    )
+    save_file(dict(state), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     return largest
 

@@ -24,7 +24,7 @@ from diffing_core.weight_edits.specification import WeightEdit
 from diffing_core.weight_files import OpenSide, WeightSide
 from diffing_core.weights import OpenPair, WeightPair
 
-VERSION = 2  # raise when the code of this package changes what is written
+VERSION = 3  # raise when the code of this package changes what is written
 NOTE_FILE = "weight_edit.json"
 
 

@@ -363,6 +363,58 @@ def test_a_merge_with_a_change_of_what_is_no_module_is_refused_and_not_made_with
     assert (summed / "model.safetensors").exists()
 
 
+def whole(home: Home, folders: list[Path], out: Path, combine: str, density: float | None = None) -> dict[str, torch.Tensor]:
+    """A merge of adapters that are taken whole, less the base, as stock PEFT loads it."""
+    adapters = [AdapterEdit(path=folder, layer_amplifications=uniform(1.0)) for folder in folders]
+    edit = WeightEdit(name="merge", adapters=adapters, combine=combine, density=density)
+    base = merged(home, "base")
+    return {key: value - base[key] for key, value in loaded(home, write_edit(edit, "tiny", home.registry, out)).items()}
+
+
+def test_a_merge_of_rslora_is_not_scaled_once_more(home: Home, tmp_path: Path) -> None:
+    """PEFT gives its merge the first adapter's rsLoRA, and so √r of the change."""
+    given = {"r": 4, "use_rslora": True, "target_modules": TARGETS}
+    folders = [model_files.save_adapter(tmp_path / name, home.folder("base"), seed=1, **given) for name in "ab"]
+    base = merged(home, "base")
+    one = {key: value - base[key] for key, value in merged(home, str(folders[0])).items()}
+    assert_same(whole(home, folders, tmp_path / "out", "svd"), {key: 2 * value for key, value in one.items()}, 2e-5)
+
+
+def test_a_merge_has_all_blocks_of_all_adapters_whatever_the_first_one_leaves_alone(home: Home, tmp_path: Path) -> None:
+    """PEFT gives its merge the first adapter's choice of blocks, and finds no factors where neither has any."""
+    base = merged(home, "base")
+    one, two = (
+        model_files.save_adapter(tmp_path / name, home.folder("base"), seed=3, target_modules=[name], layers_to_transform=[layer])
+        for name, layer in (("q_proj", 1), ("down_proj", 0))
+    )
+    both = [merged(home, str(folder)) for folder in (one, two)]
+    expected = {key: both[0][key] + both[1][key] - 2 * value for key, value in base.items()}
+    assert sum(value.any().item() for value in expected.values()) == 2
+    assert_same(whole(home, [one, two], tmp_path / "out", "linear"), expected)
+
+
+@pytest.mark.parametrize(("combine", "ranks", "r"), [("linear", {"q_proj": 2}, 4), ("ties", {"q_proj": 2}, 4), ("svd", {}, 40)])
+def test_a_merge_of_unequal_ranks_loads_in_stock_peft(
+    home: Home, tmp_path: Path, combine: str, ranks: dict[str, int], r: int
+) -> None:
+    """PEFT leaves the ranks that are not the largest out of the configuration: a narrow matrix has no more than its side."""
+    given = {"r": r, "rank_pattern": ranks, "target_modules": [*TARGETS, "up_proj"]}
+    folder = model_files.save_adapter(tmp_path / "a", home.folder("base"), seed=5, **given)
+    again = model_files.save_adapter(tmp_path / "b", home.folder("base"), seed=6, **given)
+    density = 1.0 if combine == "ties" else None
+    found = whole(home, [folder, again], tmp_path / "out", combine, density)
+    assert sum(value.any().item() for value in found.values()) == 3 * model_files.LAYERS
+    if combine == "svd":
+        base, both = merged(home, "base"), [merged(home, str(each)) for each in (folder, again)]
+        assert_same(found, {key: both[0][key] + both[1][key] - 2 * value for key, value in base.items()}, 1e-4)
+
+
+@pytest.mark.parametrize("combine", ["ties", "dare_linear", "magnitude_prune_svd"])
+def test_one_adapter_is_not_passed_off_as_pruned(home: Home, tmp_path: Path, combine: str) -> None:
+    with pytest.raises(NotComputableError, match=f"one adapter as it is, without {combine}"):
+        write_edit(spec("one", combine, 0.2, one=1.0), "tiny", home.registry, tmp_path)
+
+
 def test_a_sum_is_pefts_concatenation(home: Home, tmp_path: Path) -> None:
     folder = write_edit(spec(one=1.5, two=-0.7, three=2.0), "tiny", home.registry, tmp_path)
     weights = {home.folder("one"): 1.5, home.folder("two"): -0.7, home.folder("three"): 2.0}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from diffing_core.errors import ModelLoadError, NotComputableError
 from diffing_core.pairs import Pair
@@ -243,6 +244,28 @@ def test_whole_checkpoint_with_tied_weights_extra_keys_and_shards(base, tmp_path
         "only_in_tuned",
         (2, 3),
     )
+
+
+def test_of_several_copies_in_one_folder_that_is_read_which_transformers_loads(base, tmp_path):
+    """Beside Hugging Face's shards some repositories hold Mistral's; beside a whole file an old index may lie."""
+    weights = load_file(base / "model.safetensors")
+
+    def sharded(stem: str, tensors: dict) -> Path:
+        folder = tmp_path / "copy"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+        save_file(tensors, folder / f"{stem}-00001-of-00001.safetensors", metadata={"format": "pt"})
+        weight_map = dict.fromkeys(tensors, f"{stem}-00001-of-00001.safetensors")
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return folder
+
+    sharded("model", weights)
+    copy = sharded("consolidated", {f"blocks.{key}": value + 1 for key, value in weights.items()})
+    assert OpenPair(WeightPair.of_folders(base, copy)).unmatched == []
+    save_file({key: value + 1 for key, value in weights.items()}, copy / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(copy).state_dict()
+    torch.testing.assert_close(loaded["model.embed_tokens.weight"], weights["model.embed_tokens.weight"] + 1)
+    assert dense(deltas(base, copy)["embed_tokens.weight"]).min() > 0.9
 
 
 def test_head_stored_twice_is_one_weight_and_an_untied_one_is_two(base, tmp_path):
