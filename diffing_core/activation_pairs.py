@@ -75,12 +75,27 @@ class Outliers:
 
     def are(self, rows: PairedRows) -> np.ndarray:
         """Which rows are, bool [N]."""
-        base_N, tuned_N = norms(rows.base_ND), norms(rows.tuned_ND)
+        base_N, tuned_N = _lengths(rows.base_ND), _lengths(rows.tuned_ND)  # also of rows that are not chosen: NaN may be there
         return (base_N > self.most_M[0]) | (tuned_N > self.most_M[1])
 
 
 def norms(vector_ND: Any) -> np.ndarray:
-    """Lengths, float32 [N]; cast piece by piece, since a pool is as large as it may be."""
+    """Lengths, float32 [N].
+
+    Raises:
+        StorageError: some vector holds NaN, which would pass every bound and be in all that is fitted.
+    """
+    norm_N = _lengths(vector_ND)
+    n_strange = int(np.isnan(norm_N).sum())
+    if n_strange:
+        raise StorageError(
+            f"{n_strange} of {len(norm_N)} stored vectors hold NaN: the model gave no number there; probe it in another number format"
+        )
+    return norm_N
+
+
+def _lengths(vector_ND: Any) -> np.ndarray:
+    """Cast piece by piece, since a pool is as large as it may be."""
     return np.concatenate([part_ND.float().norm(dim=1).numpy() for part_ND in vector_ND.split(CAST_TOGETHER)])
 
 
@@ -203,7 +218,11 @@ class PairedActivations:
         return PairedActivations(self.files, selection)
 
     def outliers(self, ratio: float) -> Outliers | None:
-        """Rows above `ratio` times the median norm of a model, taken over one pool of these rows; None without rows."""
+        """Rows above `ratio` times the median norm of a model, taken over one pool of these rows; None without rows.
+
+        Raises:
+            StorageError: some of them hold NaN.
+        """
         rows = next(self.shuffled(self.pool_rows, seed=0), None)
         if rows is None:
             return None

@@ -168,6 +168,8 @@ def _fitted(rows: PairedActivations, layer: int, device: Any, settings: PcaSetti
     for block in rows.watched(f"pca, layer {layer}"):
         for target, covariance in sums.items():
             covariance.add(getattr(block, f"{target}_ND"))
+    if not sums[settings.targets[0]].count:
+        raise NotComputableError(f"no stored token of layer {layer} is left to read: read more positions, roles or texts")
     for target in settings.targets:
         covariance = sums.pop(target)
         principal = covariance.principal(settings.components or rows.d_model, centred=settings.centred)

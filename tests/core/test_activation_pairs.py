@@ -232,3 +232,20 @@ def test_the_unit_of_steering_reads_every_corpus_once(tmp_path: Path) -> None:
     assert set(first) == {0, 2}, "the second has three positions"
     expected = torch.cat([rows.base_ND.norm(dim=1) for rows in first.values()]).mean()
     assert given.base_norm() == pytest.approx(float(expected))
+
+
+def test_vectors_that_are_no_numbers_are_said_before_anything_is_fitted(tmp_path: Path) -> None:
+    """NaN is above no bound, so it would pass for no outlier; where it is not read it does no harm."""
+    writer = ActivationWriter(tmp_path / "tuned", WIDTH, torch.float32, 30)
+    index_N = np.arange(30)
+    vector_ND = torch.ones(30, WIDTH)
+    vector_ND[20] = torch.nan
+    facts = index_N // LENGTH, index_N % LENGTH, np.zeros(30, np.int8), np.zeros(30, bool)
+    writer.add(TokenBlock(torch.arange(30), torch.arange(30), *facts, None, None), vector_ND)
+    writer.close()
+    spoilt = PairedActivations([PairedFile.open("corpus", tmp_path / "tuned", tmp_path / "tuned")])
+    with pytest.raises(StorageError, match="1 of 30 stored vectors hold NaN"):
+        spoilt.outliers(10.0)
+    rest = spoilt.of(Selection(first_position=1))
+    read = rest.without(rest.outliers(10.0))
+    assert sum(map(len, read.blocks())) == read.count() == 27

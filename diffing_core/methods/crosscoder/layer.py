@@ -116,9 +116,11 @@ class Layer:
         settings = self._settings
         alive = np.flatnonzero(~self._latents["is_dead"].to_numpy(zero_copy_only=False))
         tried = conditions(self._sets(), alive, alive, settings.seed)
-        held_out_S = self._reading.held_out_S(settings.held_out_share)
+        corpus = self._reading.context.corpus
+        seen_S = np.asarray([len(sequence) for sequence in corpus.sequences]) > corpus.first_seen_S
+        held_out_S = seen_S & self._reading.held_out_S(settings.held_out_share)
         if not held_out_S.any():
-            logger.warning("no text is held out at held_out_share=%s: there is no causal test", settings.held_out_share)
+            logger.warning("no text with a token to see is held out at held_out_share=%s: no causal test", settings.held_out_share)
             return CAUSAL.empty()
         tokens = Read(
             settings.causal_tokens, settings.first_position, self._rows.selection.outliers, settings.seed, settings.roles,

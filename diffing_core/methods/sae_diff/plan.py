@@ -78,11 +78,9 @@ class Plan:
 
     def trainer(self, device: Any) -> Any:
         """dictionary-learning's trainer, newly begun; the same weights for the same seed, on any device."""
-        from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
-
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            trainer = BatchTopKTrainer(
+            trainer = _trainer_class()(
                 steps=self.steps,
                 activation_dim=self.width,
                 dict_size=self.n_latents,
@@ -99,6 +97,19 @@ class Plan:
             )
         trainer.dead_feature_threshold = self.dead_after_tokens  # fixed in its constructor
         return trainer
+
+
+@cache
+def _trainer_class() -> type:
+    """dictionary-learning's trainer, which would begin its threshold with a plain number where a batch has nothing active: an error."""
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+
+    class Trainer(BatchTopKTrainer):
+        def update_threshold(self, f: Any) -> None:
+            if self.ae.threshold >= 0 or bool((f > 0).any()):
+                super().update_threshold(f)
+
+    return Trainer
 
 
 @cache

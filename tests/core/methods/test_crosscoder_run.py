@@ -488,3 +488,17 @@ def test_too_little_text_is_said(made: tuple[ModelPair, StoredPair]) -> None:
     nothing = PairedActivations(made[1].at(0).files, Selection(first_position=100))
     with pytest.raises(NotComputableError, match="fewer than two stored tokens"):
         Sample.of(nothing, seed=0)
+
+
+def test_held_out_texts_of_which_nothing_is_seen_leave_no_causal_test(
+    made: tuple[ModelPair, StoredPair], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair, _ = made
+    n_seen = np.where(FitReading(pair, made[1]).held_out_S(0.1)[:30], 0, 9)
+    sequences = tuple(ProbeSequence(np.arange(2, 6 + n).astype(np.int32), *(np.zeros(4 + n, t) for t in (np.int8, bool))) for n in n_seen)
+    some = ProbeCorpus("short", sequences, len(sequences), skip_first_tokens=4)
+    [written] = paired_pass([pair], some, [(ACTIVATIONS, ACTIVATIONS.settings(layers=None))], store=tmp_path / "store")
+    assert written.error is None and not n_seen.all()
+    stored = StoredPair(ActivationStore(tmp_path / "store"), *((side.revision, side.dtype) for side in (pair.base, pair.tuned)), (some,))
+    tables = run((pair, stored), tmp_path / "run")
+    assert not len(tables["crosscoder_causal"]) and "no causal test" in caplog.text

@@ -281,3 +281,8 @@ def test_listed_components_are_no_more_than_asked_for(made: tuple[ModelPair, Sto
         assert len(tables["pca_components"]) == expected
         assert set(tables["pca_tokens"]["component"]) == {1, 2}
         assert headline(tables["arrow"]) == {"n_fits": 1}
+
+
+def test_no_token_left_is_said_and_is_not_a_result_without_findings(made: tuple[ModelPair, StoredPair]) -> None:
+    with pytest.raises(NotComputableError, match="no stored token of layer 0 is left to read"):
+        run(*made, first_position=100)

@@ -316,6 +316,20 @@ def test_a_difference_that_is_mostly_zero_trains_though_the_geometric_median_div
     assert Fit.of(material, learned.dictionary).fvu < 0.01
 
 
+def test_a_batch_in_which_nothing_fires_does_not_begin_the_threshold(toy: Toy) -> None:
+    """dictionary-learning then gives its threshold a plain number, which torch refuses."""
+    trainer = plan_of(toy.material()).trainer("cpu")
+    x_ND, start = toy.rows.files[0].rows(0, 64, 0).difference_ND, trainer.threshold_start_step
+    with torch.no_grad():
+        trainer.ae.encoder.bias.fill_(-1e3)
+    trainer.update(start + 1, x_ND)
+    assert float(trainer.ae.threshold) == -1
+    with torch.no_grad():
+        trainer.ae.encoder.bias.fill_(0.0)
+    trainer.update(start + 2, x_ND)
+    assert float(trainer.ae.threshold) > 0
+
+
 def test_small_corpora_get_small_batches_and_a_schedule_that_fits() -> None:
     settings = METHOD.settings(max_tokens=200_000_000)
     small, large = (Plan.of(settings, 2048, n_rows) for n_rows in (10_000, 500_000_000))
