@@ -40,6 +40,7 @@ _TOLERANCE = 1e-5  # of the leading vectors; products are float32
 _HALVINGS, _PER_HALVING = 52, 4
 _ROUNDING = 2.0**-52
 _RESOLUTION = 1e-6  # of the largest eigenvalue: nodes that float32 may have made of one
+_NOTHING = 1e-7  # of the largest eigenvalue: what float32 products cannot tell from 0
 _BREAKDOWN = 1e-6  # of the largest eigenvalue: what is left of an exhausted Krylov space
 
 
@@ -72,7 +73,7 @@ def bounded_match_of_leading(base_MN: Any, tuned_MN: Any, n_leading: int, n_step
     Costs two products with W₀ (M > N: its QR, then with R) of K columns a step, and 30 to 150 pairs with W_tuned of one column.
     """
     sigma_K, left_MK = _leading(tuned_MN, n_leading, seed)
-    if not base_MN.any():
+    if not base_MN.any() or not len(sigma_K):
         return sigma_K, torch.zeros_like(sigma_K)
     square, start_K = _in_column_space(base_MN, left_MK) if len(base_MN) > base_MN.shape[1] else (base_MN, left_MK)
     alpha_SK, beta_SK = _lanczos(square, start_K, n_steps)
@@ -96,7 +97,7 @@ def _in_column_space(matrix_MN: Any, left_MK: Any) -> tuple[Any, Any]:
 
 
 def _leading(matrix_MN: Any, n_leading: int, seed: int) -> tuple[Any, Any]:
-    """Leading singular values and left vectors, float64, by restarted Lanczos on the smaller side."""
+    """Leading singular values and left vectors, float64, by restarted Lanczos on the smaller side; fewer of a lower rank."""
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     is_tall = matrix_MN.shape[0] > matrix_MN.shape[1]
@@ -108,9 +109,12 @@ def _leading(matrix_MN: Any, n_leading: int, seed: int) -> tuple[Any, Any]:
     side = wide.shape[0]
     k = min(n_leading, side - 1)
     start = np.random.default_rng(seed).standard_normal(side)
+    if not gram(start).any():
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(matrix_MN.shape[0], 0, dtype=torch.float64)
     operator = LinearOperator((side, side), matvec=gram, dtype=np.float64)
     squares_K, vectors = eigsh(operator, k, v0=start, tol=_TOLERANCE, ncv=min(side, max(3 * k, 20)))
     order = np.argsort(-squares_K)
+    order = order[squares_K[order] > _NOTHING * squares_K.max()]
     sigma_K = torch.as_tensor(squares_K[order].clip(min=0)).sqrt()
     vectors = torch.as_tensor(vectors[:, order].copy())
     return sigma_K, torch.nn.functional.normalize((matrix_MN @ vectors.float()).double(), dim=0) if is_tall else vectors

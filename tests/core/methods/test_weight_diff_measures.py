@@ -271,6 +271,19 @@ def test_rounding_does_not_part_the_mass_of_equal_singular_values():
     assert (bounded_match_of_leading(before, after, 5, 48, 0)[1] > 0.99).all()
 
 
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+def test_a_bound_has_a_row_for_every_direction_that_there_is_and_no_more(shape):
+    """A matrix that the finetune set to zero has none; on a base of zeros a low-rank change has as many as its rank."""
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(*shape, generator=draw)
+    sigma, match = bounded_match_of_leading(base, torch.zeros(shape), 10, 8, 0)
+    assert len(sigma) == len(match) == 0
+    change = Factors(torch.randn(shape[0], 4, generator=draw), torch.randn(4, shape[1], generator=draw))
+    sigma, match = bounded_match_of_leading(torch.zeros(shape), UpdatedMatrix(torch.zeros(shape), change), 10, 8, 0)
+    torch.testing.assert_close(sigma, change.spectrum().sigma_K, rtol=1e-5, atol=0)
+    assert match.tolist() == [0.0] * 4
+
+
 def test_a_direction_spread_over_the_base_is_known_to_be_new_after_few_steps():
     """With 400 directions alike a new one matches none; 24 products know it, and that the base's own are found."""
     before = gaussian(400, 500, seed=1)
