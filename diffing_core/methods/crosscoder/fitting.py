@@ -46,7 +46,7 @@ def fit(stored: PairedActivations, settings: CrosscoderSettings, folder: Path, d
         return Fitted(crosscoder, sample, plan, config["log"])
     scale_M = sample.scale_M(settings.input_scale == "common")
     start = Crosscoder.initial(
-        Partition.of(settings.partition, n_latents, settings.partition_share, settings.shared_sparsity),
+        Partition.of(settings.partition, n_latents, settings.partition_share, settings.paid_by_shared),
         [mean_D.to(device) * scale for mean_D, scale in zip(sample.mean_MD, scale_M, strict=True)],
         scale_M,
         settings.seed,

@@ -7,7 +7,8 @@
                        2025): it takes up what the models share, so that other latents need not
 
 Lighter sparsity of the shared block: under L1 its penalty is multiplied by `shared_sparsity`; a soft threshold
-lower by that factor is the same as a score higher by its inverse, which is what BatchTopK selects by.
+lower by that factor is the same as a score higher by its inverse, which is what BatchTopK selects by. There the latents
+compete for k: at 0.15, as published for L1, a shared block with room for k leaves the others silent (docs/decisions.md).
 
 Suffixes: M models (base, tuned), F latents.
 """

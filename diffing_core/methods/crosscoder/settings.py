@@ -18,6 +18,7 @@ LEAST_BATCHES = 64  # an epoch has so many, or batches of LEAST_ROWS
 LEAST_ROWS = 64
 WIDTHS_AT_LEAST = 2  # latents per dimension, however few tokens there are
 MOST_K = 100
+SHARED_SPARSITY: dict[Sparsity, float] = {"batch_topk": 0.7, "l1": 0.15}
 SHORT_STEPS = 5000  # a shorter training takes larger steps: 2.6 times larger ones with 300
 WARM_UP_SHARE, ANNEALING_SHARE = 0.05, 0.2
 
@@ -32,7 +33,9 @@ class CrosscoderSettings(SteeringSettings, RowSettings):
     l1: float = Field(0.02, ge=0, description="With l1: its weight, in mean lengths of an activation.")
     partition: Kind = Field("plain", description="plain, dedicated or designated_shared.")
     partition_share: float = Field(0.05, ge=0, lt=1, description="Of the latents, in each dedicated block or in the shared one.")
-    shared_sparsity: float = Field(0.15, gt=0, le=1, description="What a designated shared latent pays, of what others do.")
+    shared_sparsity: float | None = Field(
+        None, gt=0, le=1, description="What a designated shared latent pays, of what others do; null: 0.15 with l1, else 0.7."
+    )
     input_scale: Literal["common", "per_model"] = Field("common", description="One scale for both models, or one for each.")
     expansion: float = Field(32.0, gt=0, description="Latents per dimension, at most.")
     tokens_per_latent: float = Field(64.0, gt=0, description="Latents are so few that this many tokens come to each.")
@@ -59,6 +62,11 @@ class CrosscoderSettings(SteeringSettings, RowSettings):
     causal_share: float = Field(0.25, gt=0, le=0.5, description="Of the latents that Latent Scaling ranks, in the sets of both ends.")
     shown: int = Field(40, ge=1, description="Tokens shown as findings.")
     shown_texts: int = Field(5, ge=0, description="Texts shown after them.")
+
+    @property
+    def paid_by_shared(self) -> float:
+        """`shared_sparsity`, by default the published one with L1 alone: with BatchTopK shared latents would take all of k."""
+        return self.shared_sparsity or SHARED_SPARSITY[self.sparsity]
 
     def n_latents(self, width: int, n_tokens: int) -> int:
         """F for so many tokens to fit on."""

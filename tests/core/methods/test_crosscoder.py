@@ -213,6 +213,21 @@ def test_designated_shared_latents_are_chosen_more_readily() -> None:
     torch.testing.assert_close(start.bound_F(), torch.tensor([0.125, 0.125, 0.5, 0.5]))
 
 
+@pytest.mark.parametrize(("sparsity", "l1"), [("batch_topk", 0.0), ("l1", 0.02)])
+def test_designated_shared_latents_leave_room_for_what_one_model_has(sparsity: str, l1: float) -> None:
+    """A third of the latents are shared; a BatchTopK with the sparsity that is published for L1 gave them all of k."""
+    world, settings = World(), CrosscoderSettings(partition="designated_shared", sparsity=sparsity)
+    plan = Plan(steps=1000, learning_rate=1e-2, k=K, warm_up_steps=50, sparsity=sparsity, l1=l1)
+    plain = begun(world, plan, seed=1)
+    means = [each_D.detach() for each_D in plain.crosscoder.decoder_bias_MD]
+    partition = Partition.of("designated_shared", LATENTS, 0.35, settings.paid_by_shared)
+    training = Training(Crosscoder.initial(partition, means, plain.crosscoder.scale_M, 1), plan, plain.variance_M)
+    train(training, world.epoch, lambda *_: None)
+    own = world.best(training.crosscoder.directions()[1], TUNED_ONLY)
+    assert not training.crosscoder.partition.tied_F[own].any()
+    assert deltas(training.crosscoder)[own].min() > 0.9
+
+
 def test_a_batch_keeps_exactly_its_share_even_among_equals() -> None:
     code_NF = torch.ones(6, 10)
     assert int((keep_largest(code_NF, torch.ones(10), 3) > 0).sum()) == 18
